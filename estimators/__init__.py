@@ -1,0 +1,1 @@
+"""The catalogue of estimators: one file each."""

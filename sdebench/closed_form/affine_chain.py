@@ -1,0 +1,347 @@
+r"""The linear-quadratic control problem in discrete time, in closed form.
+
+    X_{n+1} = M_n X_n + c_n + G_n (w_n + z_n),    z_n ~ N(0, I),   X_0 ~ N(m_0, S_0)
+    minimise J_N = E[ sum_n (1/2 |w_n|^2 + 1/2 X_n^T F_n X_n) - r(X_N) ],
+    r(x) = -1/2 x^T Q x + q^T x + r0,
+
+with the control in noise units and the step length inside F_n, as in
+``simulate.tables.LinearTables``; every coefficient may depend on n.  This is exactly
+what a simulation computes, so J_N(theta) and its gradient separate the error of the
+time discretization from an estimator's own bias.  For Euler-Maruyama
+M = I + h A, c = h a, G = sqrt(h) sigma, F_n = h F and w = sqrt(h) u.
+
+The best feedback w = K_n x + k_n, its value 1/2 x^T P_n x + p_n^T x + rho_n, and the
+value -log E_base[exp(r - sum 1/2 x^T F x) | X_n = x] of the tilted chain share P_n
+and p_n; one pays 1/2 tr(G^T P G) for the noise of a step and the other
+1/2 log det(I + G^T P G), so J_N exceeds -log Z even at the best feedback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sdebench.errors import ParameterError
+from sdebench.simulate.tables import LinearTables
+
+from .hamiltonian import Value, log_expectation, symmetric
+from .linear_quadratic import LinearQuadratic
+from .validation import check_array, check_covariance
+
+Array = NDArray[np.float64]
+
+
+def parameter_derivatives(tables: LinearTables) -> tuple[Array, Array]:
+    """Return dK_n/dtheta_p (P, N, d, d) and dk_n/dtheta_p (P, N, d) of the tables."""
+    gain = np.einsum("psn,snij->pnij", tables.basis, tables.feature_gain)
+    bias = np.einsum("psn,snj->pnj", tables.basis, tables.feature_bias)
+    return gain, bias
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AffineChain:
+    """The chain of the module docstring; every answer is exact to rounding.
+
+    Parameters
+    ----------
+    transition : (N, d, d) M_n.
+    offset : (N, d) c_n.
+    noise : (N, d, m) G_n.
+    running : (N, d, d) symmetric F_n, with the step length inside.
+    reward_quadratic : (d, d) symmetric Q.
+    reward_linear : (d,) q.
+    reward_constant : r0.
+    start_mean : (d,) m_0.
+    start_covariance : (d, d) S_0; zero for a fixed start.
+
+    Raises
+    ------
+    ParameterError
+        On wrong shapes or values, and from the methods that need a value function
+        when the reward's curvature makes it infinite.
+    """
+
+    transition: NDArray[np.floating]
+    offset: NDArray[np.floating]
+    noise: NDArray[np.floating]
+    running: NDArray[np.floating]
+    reward_quadratic: NDArray[np.floating]
+    reward_linear: NDArray[np.floating]
+    reward_constant: float
+    start_mean: NDArray[np.floating]
+    start_covariance: NDArray[np.floating]
+
+    def __post_init__(self) -> None:
+        d, n = len(np.atleast_1d(np.asarray(self.start_mean))), len(self.transition)
+        m = np.shape(self.noise)[-1]
+        shapes = {
+            "transition": (n, d, d),
+            "offset": (n, d),
+            "noise": (n, d, m),
+            "running": (n, d, d),
+            "reward_quadratic": (d, d),
+            "reward_linear": (d,),
+            "start_mean": (d,),
+        }
+        for name, shape in shapes.items():
+            flat = name in ("running", "reward_quadratic")
+            array = check_array(name, getattr(self, name), shape, symmetric=flat)
+            object.__setattr__(self, name, array)
+        start = check_covariance("start_covariance", self.start_covariance, d)
+        object.__setattr__(self, "start_covariance", start)
+        object.__setattr__(self, "reward_constant", float(self.reward_constant))
+
+    @classmethod
+    def from_tables(cls, tables: LinearTables) -> AffineChain:
+        """Return the chain that a simulation of ``tables`` runs."""
+        factor = np.asarray(tables.start_factor, dtype=np.float64)
+        return cls(
+            transition=tables.transition,
+            offset=tables.offset,
+            noise=tables.noise,
+            running=tables.running,
+            reward_quadratic=tables.reward_quadratic,
+            reward_linear=tables.reward_linear,
+            reward_constant=float(np.asarray(tables.reward_constant).reshape(())),
+            start_mean=tables.start_mean,
+            start_covariance=factor @ factor.T,
+        )
+
+    @classmethod
+    def euler_maruyama(cls, problem: LinearQuadratic, times: ArrayLike) -> AffineChain:
+        """Return the Euler-Maruyama chain of ``problem`` on ``times`` (N + 1,)."""
+        widths = np.diff(np.asarray(times, dtype=np.float64))
+        if not np.all(widths > 0.0):
+            raise ParameterError("times must increase strictly")
+        h = widths[:, None, None]
+        return cls(
+            transition=np.eye(problem.dim) + h * problem.drift_matrix,
+            offset=widths[:, None] * problem.drift_offset,
+            noise=np.sqrt(h) * problem.diffusion,
+            running=h * problem.running,
+            reward_quadratic=problem.reward_quadratic,
+            reward_linear=problem.reward_linear,
+            reward_constant=problem.reward_constant,
+            start_mean=problem.start_mean,
+            start_covariance=problem.start_covariance,
+        )
+
+    @property
+    def n_steps(self) -> int:
+        """Return N."""
+        return len(self.transition)
+
+    @property
+    def dim(self) -> int:
+        """Return d."""
+        return len(self.start_mean)
+
+    # ------------------------------------------------------------ value function
+
+    def _recursion(
+        self, *, log_determinant: bool
+    ) -> tuple[Array, Array, Array, Array, Array]:
+        """Return P, p, rho (N + 1 each) and the best K, k (N each)."""
+        n_steps, d, m = self.noise.shape
+        P, p = np.empty((n_steps + 1, d, d)), np.empty((n_steps + 1, d))
+        rho = np.empty(n_steps + 1)
+        K, k = np.empty((n_steps, m, d)), np.empty((n_steps, m))
+        P[-1], p[-1] = self.reward_quadratic, -self.reward_linear
+        rho[-1] = -self.reward_constant
+        for n in reversed(range(n_steps)):
+            M, c, G = self.transition[n], self.offset[n], self.noise[n]
+            curvature = symmetric(G.T @ P[n + 1] @ G)
+            values = np.linalg.eigvalsh(curvature)
+            if values[0] <= -1.0:
+                raise ParameterError(
+                    "the reward minus the running cost cannot be tilted with: at "
+                    f"step {n} of {n_steps} the matrix I + G^T P G has the "
+                    f"eigenvalue {1.0 + values[0]:.6g}; reduce the positive "
+                    "curvature of the reward or the horizon"
+                )
+            target = np.column_stack((P[n + 1] @ M, P[n + 1] @ c + p[n + 1]))
+            feedback = -np.linalg.solve(np.eye(m) + curvature, G.T @ target)
+            K[n], k[n] = feedback[:, :d], feedback[:, d]
+            closed, drift = M + G @ K[n], c + G @ k[n]
+            # Joseph form: a sum of squares where F and Q are positive semi-definite
+            P[n] = symmetric(
+                self.running[n] + closed.T @ P[n + 1] @ closed + K[n].T @ K[n]
+            )
+            p[n] = closed.T @ (P[n + 1] @ drift + p[n + 1]) + K[n].T @ k[n]
+            noise = np.sum(np.log1p(values)) if log_determinant else np.sum(values)
+            rho[n] = rho[n + 1] + p[n + 1] @ drift
+            rho[n] += 0.5 * (drift @ P[n + 1] @ drift + k[n] @ k[n] + noise)
+        return P, p, rho, K, k
+
+    def optimal_feedback(self) -> tuple[Array, Array]:
+        """Return K (N, m, d), k (N, m) of the feedback that minimizes J_N."""
+        return self._recursion(log_determinant=False)[3:]
+
+    def value_coefficients(self, *, tilted: bool = False) -> tuple[Array, Array, Array]:
+        """Return P (N + 1, d, d), p (N + 1, d), rho (N + 1,) of the value function.
+
+        Of J_N, or with ``tilted`` of -log E_base[exp(r - running cost) | X_n = x].
+        """
+        return self._recursion(log_determinant=tilted)[:3]
+
+    def optimal_cost(self) -> float:
+        """Return the minimum of J_N over feedback controls."""
+        P, p, rho = (part[0] for part in self.value_coefficients())
+        m = self.start_mean
+        spread = float(np.sum(P * self.start_covariance))
+        return float(0.5 * (m @ P @ m + spread) + p @ m + rho)
+
+    def log_normalizer(self) -> float:
+        """Return log E_base exp(r(X_N) - sum_n 1/2 X_n^T F_n X_n).
+
+        Raises
+        ------
+        ParameterError
+            When it is infinite, with the eigenvalue that shows it.
+        """
+        P, p, rho = (part[0] for part in self.value_coefficients(tilted=True))
+        value = Value(P, p, float(rho))
+        return log_expectation(value, self.start_mean, self.start_covariance)
+
+    # ------------------------------------------------------------- one feedback
+
+    def moments(self, gain: Array, bias: Array) -> tuple[Array, Array]:
+        """Return means (N + 1, d) and covariances (N + 1, d, d) under a feedback.
+
+        Parameters
+        ----------
+        gain, bias : K (N, m, d) and k (N, m) of w_n = K_n x + k_n.
+        """
+        gain, bias = self._check_feedback(gain, bias)
+        d = self.dim
+        means = np.empty((self.n_steps + 1, d))
+        covariances = np.empty((self.n_steps + 1, d, d))
+        means[0], covariances[0] = self.start_mean, self.start_covariance
+        closed, drift = self._closed_loop(gain, bias)
+        noise = self.noise @ np.swapaxes(self.noise, 1, 2)
+        for n, B in enumerate(closed):
+            means[n + 1] = B @ means[n] + drift[n]
+            covariances[n + 1] = symmetric(B @ covariances[n] @ B.T + noise[n])
+        return means, covariances
+
+    def _check_feedback(self, gain: Array, bias: Array) -> tuple[Array, Array]:
+        n, d, m = self.noise.shape
+        return check_array("gain", gain, (n, m, d)), check_array("bias", bias, (n, m))
+
+    def _closed_loop(self, gain: Array, bias: Array) -> tuple[Array, Array]:
+        closed = self.transition + self.noise @ gain
+        drift = self.offset + np.einsum("ndm,nm->nd", self.noise, bias)
+        return closed, drift
+
+    def objective(self, gain: Array, bias: Array) -> float:
+        """Return J_N of the feedback K (N, m, d), k (N, m)."""
+        gain, bias = self._check_feedback(gain, bias)
+        means, covariances = self.moments(gain, bias)
+        second = covariances + means[:, :, None] * means[:, None, :]
+        Q, q = self.reward_quadratic, self.reward_linear
+        cost = _square(gain, bias, means[:-1], covariances[:-1])
+        cost += np.sum(self.running * second[:-1]) + np.sum(Q * second[-1])
+        return float(0.5 * cost - q @ means[-1] - self.reward_constant)
+
+    def gradient(
+        self, gain: Array, bias: Array, gain_derivative: Array, bias_derivative: Array
+    ) -> Array:
+        """Return the gradient (P,) of ``objective``.
+
+        Parameters
+        ----------
+        gain, bias : K (N, m, d), k (N, m).
+        gain_derivative, bias_derivative : dK/dtheta (P, N, m, d), dk/dtheta (P, N, m).
+        """
+        adjoint = self._adjoint(gain, bias, lean=False)
+        return self._contract(gain, bias, gain_derivative, bias_derivative, adjoint)
+
+    def matching_gradient(
+        self, gain: Array, bias: Array, gain_derivative: Array, bias_derivative: Array
+    ) -> Array:
+        """Return the expectation (P,) of the adjoint-matching gradient of the chain.
+
+        Per path it is sum_n (dw_n)^T (w_n + G_n^T a_{n+1}) with the lean adjoint
+        a_N = Q X_N - q, a_n = M_n^T a_{n+1} + F_n X_n.  It is zero at the feedback
+        that minimizes J_N and differs from ``gradient``, whose arguments it takes,
+        elsewhere.
+        """
+        adjoint = self._adjoint(gain, bias, lean=True)
+        return self._contract(gain, bias, gain_derivative, bias_derivative, adjoint)
+
+    def _adjoint(self, gain: Array, bias: Array, *, lean: bool) -> tuple[Array, Array]:
+        """Return S (N + 1, d, d), s (N + 1, d) with E[adjoint_n | X_n = x] = S x + s.
+
+        The full adjoint is the pathwise derivative of the cost,
+        a_n = M^T a_{n+1} + K^T (w_n + G^T a_{n+1}) + F_n X_n; the lean one drops
+        the terms of the feedback.
+        """
+        gain, bias = self._check_feedback(gain, bias)
+        d = self.dim
+        S, s = np.empty((self.n_steps + 1, d, d)), np.empty((self.n_steps + 1, d))
+        S[-1], s[-1] = self.reward_quadratic, -self.reward_linear
+        closed, drift = self._closed_loop(gain, bias)
+        left = self.transition if lean else closed
+        for n in reversed(range(self.n_steps)):
+            S[n] = left[n].T @ S[n + 1] @ closed[n] + self.running[n]
+            s[n] = left[n].T @ (S[n + 1] @ drift[n] + s[n + 1])
+            if not lean:
+                S[n] += gain[n].T @ gain[n]
+                s[n] += gain[n].T @ bias[n]
+        return S, s
+
+    def _contract(
+        self,
+        gain: Array,
+        bias: Array,
+        gain_derivative: Array,
+        bias_derivative: Array,
+        adjoint: tuple[Array, Array],
+    ) -> Array:
+        n_params = len(gain_derivative)
+        n, d, m = self.noise.shape
+        dK = check_array("gain_derivative", gain_derivative, (n_params, n, m, d))
+        dk = check_array("bias_derivative", bias_derivative, (n_params, n, m))
+        means, covariances = self.moments(gain, bias)
+        closed, drift = self._closed_loop(gain, bias)
+        S, s = adjoint[0][1:], adjoint[1][1:]
+        transposed = np.swapaxes(self.noise, 1, 2)
+        # w_n + G^T E[adjoint_{n+1} | X_n = x] = R x + e
+        R = gain + transposed @ S @ closed
+        e = bias + np.einsum("nmd,nd->nm", transposed, _apply(S, drift) + s)
+        second = covariances + means[:, :, None] * means[:, None, :]
+        second, means = second[:-1], means[:-1]
+        in_gain = R @ second + e[:, :, None] * means[:, None, :]
+        in_bias = _apply(R, means) + e
+        result: Array = np.einsum("pnmd,nmd->p", dK, in_gain)
+        return result + np.einsum("pnm,nm->p", dk, in_bias)
+
+    def control_distance(
+        self, gain: Array, bias: Array, other_gain: Array, other_bias: Array
+    ) -> float:
+        """Return E sum_n |w_n - w'_n|^2 with paths under the first feedback.
+
+        It is not twice the regret: J_N - min J_N is
+        1/2 E sum (w - w*)^T (I + G^T P_{n+1} G) (w - w*), which differs by O(h).
+        """
+        gain, bias = self._check_feedback(gain, bias)
+        means, covariances = self.moments(gain, bias)
+        other_gain, other_bias = self._check_feedback(other_gain, other_bias)
+        return _square(
+            gain - other_gain, bias - other_bias, means[:-1], covariances[:-1]
+        )
+
+
+def _apply(matrices: Array, vectors: Array) -> Array:
+    result: Array = np.einsum("nij,nj->ni", matrices, vectors)
+    return result
+
+
+def _square(gain: Array, bias: Array, means: Array, covariances: Array) -> float:
+    """Return sum_n E |K_n X_n + k_n|^2 for Gaussian X_n."""
+    at_mean = _apply(gain, means) + bias
+    return float(
+        np.sum(at_mean**2) + np.einsum("nij,nik,njk->", gain, gain, covariances)
+    )

@@ -1,0 +1,482 @@
+r"""The linear-quadratic control problem with constant coefficients, in closed form.
+
+    dX = (A X + a) dt + sigma (u dt + dW),      X_0 ~ N(m_0, S_0),   t in [0, T]
+    minimise J(u) = E[ int (1/2 |u|^2 + 1/2 X^T F X) dt - r(X_T) ],
+    r(x) = -1/2 x^T Q x + q^T x + c.
+
+The value V(x, t) = 1/2 x^T P x + p^T x + rho solves, with Sigma = sigma sigma^T,
+
+    -P'   = A^T P + P A - P Sigma P + F,               P(T) = Q,
+    -p'   = (A - Sigma P)^T p + P a,                   p(T) = -q,
+    -rho' = a^T p + 1/2 tr(Sigma P) - 1/2 p^T Sigma p,  rho(T) = -c,
+
+and u* = -sigma^T (P x + p), h = exp(-V).  P, p, rho and the moments of the base and
+of the optimally controlled process come from matrix exponentials of the Hamiltonian
+(``hamiltonian.py``), without an ODE solver.  Any other linear feedback with smooth
+time-dependent coefficients is evaluated by collocation (``collocation.py``).
+
+Q and F may be indefinite; where the value function then becomes infinite the reward
+cannot be tilted with, and ``ParameterError`` says when that happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sdebench.errors import ParameterError
+
+from .collocation import (
+    Array,
+    ClosedLoop,
+    FeedbackEvaluation,
+    MatrixFunction,
+)
+from .hamiltonian import (
+    EscapeError,
+    HamiltonianFlow,
+    Step,
+    Value,
+    apply,
+    log_expectation,
+    symmetric,
+)
+from .validation import check_array, check_covariance
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+class PolicyObjective(NamedTuple):
+    """The objective of a feedback, its gradient, and a bound on each one's error."""
+
+    objective: float
+    gradient: Array  # (P,)
+    error_bound: float  # absolute, for the objective and every gradient component
+
+
+class PolicyGradient(NamedTuple):
+    """A vector over the parameters with a bound on the error of each component."""
+
+    gradient: Array  # (P,)
+    error_bound: float
+
+
+class PolicyScalar(NamedTuple):
+    """A number with a bound on its absolute error."""
+
+    value: float
+    error_bound: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearQuadratic:
+    """The problem of the module docstring; every answer is exact to rounding.
+
+    Parameters
+    ----------
+    drift_matrix : (d, d) A; need not be symmetric or stable.
+    drift_offset : (d,) a.
+    diffusion : (d, m) sigma; may be singular.
+    running : (d, d) symmetric F, the running cost is 1/2 x^T F x.
+    reward_quadratic : (d, d) symmetric Q.
+    reward_linear : (d,) q.
+    reward_constant : c.
+    horizon : T > 0.
+    start_mean : (d,) m_0.
+    start_covariance : (d, d) S_0; zero for a fixed start.
+
+    Raises
+    ------
+    ParameterError
+        On wrong shapes or values, and from every method that needs a value function
+        which does not exist.
+    """
+
+    drift_matrix: Array
+    drift_offset: Array
+    diffusion: Array
+    running: Array
+    reward_quadratic: Array
+    reward_linear: Array
+    reward_constant: float
+    horizon: float
+    start_mean: Array
+    start_covariance: Array
+
+    def __post_init__(self) -> None:
+        d = len(np.atleast_1d(np.asarray(self.start_mean)))
+        m = np.asarray(self.diffusion).shape[-1] if np.ndim(self.diffusion) else 0
+
+        def store(name: str, shape: tuple[int, ...], symmetric: bool = False) -> None:
+            array = check_array(name, getattr(self, name), shape, symmetric=symmetric)
+            object.__setattr__(self, name, array)
+
+        store("drift_matrix", (d, d))
+        store("drift_offset", (d,))
+        store("diffusion", (d, m))
+        store("running", (d, d), symmetric=True)
+        store("reward_quadratic", (d, d), symmetric=True)
+        store("reward_linear", (d,))
+        store("start_mean", (d,))
+        start = check_covariance("start_covariance", self.start_covariance, d)
+        object.__setattr__(self, "start_covariance", start)
+        object.__setattr__(self, "reward_constant", float(self.reward_constant))
+        object.__setattr__(self, "horizon", float(self.horizon))
+        if not (np.isfinite(self.horizon) and self.horizon > 0.0):
+            raise ParameterError(f"horizon must be positive; {self.horizon} was given")
+        if not np.isfinite(self.reward_constant):
+            raise ParameterError("reward_constant must be finite")
+
+    @property
+    def dim(self) -> int:
+        """Return d."""
+        return len(self.start_mean)
+
+    # ------------------------------------------------------------ value function
+
+    @cached_property
+    def _flow(self) -> HamiltonianFlow:
+        noise = self.diffusion @ self.diffusion.T
+        return HamiltonianFlow(
+            self.drift_matrix, self.drift_offset, noise, self.running
+        )
+
+    @cached_property
+    def _base_flow(self) -> HamiltonianFlow:
+        noise, none = self.diffusion @ self.diffusion.T, np.zeros_like(self.running)
+        return HamiltonianFlow(self.drift_matrix, self.drift_offset, noise, none)
+
+    @cached_property
+    def _values(self) -> dict[float, Value]:
+        """Memory of ``riccati``: gain and bias of u* are asked for one by one."""
+        return {}
+
+    def _check_times(self, times: ArrayLike) -> Array:
+        array = np.asarray(times, dtype=np.float64)
+        # A grid's last point may exceed T by rounding.
+        slack = 64.0 * _EPS * self.horizon
+        if not np.all((array >= -slack) & (array <= self.horizon + slack)):
+            raise ParameterError(
+                f"times must lie in [0, {self.horizon}]; "
+                f"[{np.min(array)}, {np.max(array)}] was given"
+            )
+        return np.clip(array, 0.0, self.horizon)
+
+    def _plan(self, ascending: Array, flow: HamiltonianFlow) -> list[tuple[Step, int]]:
+        """Return a step and a repeat count that lead to each time from the last.
+
+        Widths are rounded to 2 ulp of T, so that a uniform grid needs two or three
+        matrix exponentials; positions are carried along, so that the rounding does
+        not add up.
+        """
+        quantum, position, plan = 2.0 * _EPS * self.horizon, 0.0, []
+        for time in ascending:
+            width = quantum * round((float(time) - position) / quantum)
+            position += width
+            plan.append(flow.steps(width))
+        return plan
+
+    def riccati_grid(self, times: ArrayLike) -> tuple[Array, Array, Array]:
+        """Return P (n, d, d), p (n, d) and rho (n,) at ``times`` (n,), in any order.
+
+        Raises
+        ------
+        ParameterError
+            When the value function is infinite at or after one of the times.
+        """
+        array = self._check_times(times)
+        remaining, where = np.unique(self.horizon - array.ravel(), return_inverse=True)
+        value = Value(self.reward_quadratic, -self.reward_linear, -self.reward_constant)
+        values, before = [], 0.0
+        for time, (step, count) in zip(
+            remaining, self._plan(remaining, self._flow), strict=True
+        ):
+            for i in range(count if time > before else 0):
+                try:
+                    value = apply(step, value)
+                except EscapeError:
+                    share = (time - before) / count
+                    self._refuse(value, before + i * share, share)
+            before = time
+            values.append(value)
+        shape = array.shape
+        P, p, rho = (
+            np.stack([np.asarray(v[i]) for v in values])[where] for i in range(3)
+        )
+        d = self.dim
+        return P.reshape(*shape, d, d), p.reshape(*shape, d), rho.reshape(shape)
+
+    def _refuse(self, value: Value, elapsed: float, width: float) -> None:
+        """Raise the error for an escape within ``width`` before T - ``elapsed``."""
+        error = EscapeError(np.nan)
+        for _ in range(40):
+            width *= 0.5
+            step, count = self._flow.steps(width)
+            try:
+                for _ in range(count):
+                    value = apply(step, value)
+                elapsed += width
+            except EscapeError as inner:
+                error = inner
+        lowest = float(np.linalg.eigvalsh(value.quadratic)[0])
+        raise ParameterError(
+            "the reward minus the running cost cannot be tilted with: the value "
+            f"function is infinite for t <= {self.horizon - elapsed:.6g}, where the "
+            f"smallest eigenvalue of P tends to minus infinity ({lowest:.3g} just "
+            f"after, {error.eigenvalue:.3g} in I + G P); reduce the horizon or the "
+            "positive curvature of the reward"
+        )
+
+    def riccati(self, time: float) -> Value:
+        """Return P (d, d), p (d,) and rho of V = 1/2 x^T P x + p^T x + rho at ``time``.
+
+        See ``riccati_grid`` for many times and for errors.
+        """
+        memory = self._values
+        if time not in memory:
+            if len(memory) >= 1024:
+                memory.clear()
+            P, p, rho = self.riccati_grid([time])
+            memory[time] = Value(P[0], p[0], float(rho[0]))
+        return memory[time]
+
+    def value(self, x: Array, time: float) -> Array:
+        """Return V(x, time) (...,) for x (..., d)."""
+        P, p, rho = self.riccati(time)
+        result: Array = 0.5 * np.einsum("...i,ij,...j->...", x, P, x) + x @ p + rho
+        return result
+
+    def log_h(self, x: Array, time: float) -> Array:
+        """Return log E[exp(r(X_T) - int_time^T f) | X_time = x], (...,)."""
+        return -self.value(x, time)
+
+    def control(self, x: Array, time: float) -> Array:
+        """Return u*(x, time) (..., m) for x (..., d)."""
+        P, p, _ = self.riccati(time)
+        result: Array = -(x @ P + p) @ self.diffusion
+        return result
+
+    def log_normalizer(self) -> float:
+        """Return log Z = log E_{p_0} exp(-V(X_0, 0)).
+
+        Raises
+        ------
+        ParameterError
+            When Z is infinite, with the eigenvalue that shows it.
+        """
+        return log_expectation(
+            self.riccati(0.0), self.start_mean, self.start_covariance
+        )
+
+    def optimal_cost(self) -> float:
+        """Return J(u*) = E_{p_0} V(X_0, 0), at least -log Z."""
+        P = self.riccati(0.0).quadratic
+        spread = 0.5 * float(np.sum(P * self.start_covariance))
+        return float(self.value(self.start_mean, 0.0)) + spread
+
+    # ----------------------------------------------------------------- marginals
+
+    def base_moments(self, times: ArrayLike) -> tuple[Array, Array]:
+        """Return the mean (..., d) and covariance (..., d, d) of the base process."""
+        return self._moments(times, self._base_flow, tilted=False)
+
+    def tilted_moments(self, times: ArrayLike) -> tuple[Array, Array]:
+        """Return mean (..., d) and covariance (..., d, d) of X_t under u*.
+
+        The start law is p_0, which control does not change; unless X_0 is fixed or
+        independent of X_T the law at T therefore is not p_T e^r / Z.
+        """
+        return self._moments(times, self._flow, tilted=True)
+
+    def _moments(
+        self, times: ArrayLike, flow: HamiltonianFlow, *, tilted: bool
+    ) -> tuple[Array, Array]:
+        array = self._check_times(times)
+        ascending, where = np.unique(array.ravel(), return_inverse=True)
+        plan = self._plan(ascending, flow)
+        parts = [
+            np.linspace(start, end, count + 1)[1:] if end > start else np.empty(0)
+            for start, end, (_, count) in zip(
+                np.append(0.0, ascending[:-1]), ascending, plan, strict=True
+            )
+        ]
+        ends, d = np.concatenate(parts), self.dim
+        if tilted and len(ends):
+            P, p, _ = self.riccati_grid(ends)
+        else:
+            P, p = np.zeros((len(ends), d, d)), np.zeros((len(ends), d))
+        mean, covariance = self.start_mean, self.start_covariance
+        means, covariances, k = [], [], 0
+        for (step, _), part in zip(plan, parts, strict=True):
+            for _ in part:
+                # N(E x + g, G) times exp(-V) is N(W (E x + g - G p), W G)
+                W = np.linalg.inv(np.eye(d) + step.spread @ P[k])
+                carry = W @ step.carry
+                mean = W @ (step.carry @ mean + step.shift - step.spread @ p[k])
+                covariance = symmetric(W @ step.spread + carry @ covariance @ carry.T)
+                k += 1
+            means.append(mean)
+            covariances.append(covariance)
+        shape = array.shape
+        return (
+            np.stack(means)[where].reshape(*shape, d),
+            np.stack(covariances)[where].reshape(*shape, d, d),
+        )
+
+    # ------------------------------------------------------------- other feedback
+
+    @cached_property
+    def _loop(self) -> ClosedLoop:
+        d = self.dim
+        running, terminal = np.zeros((d + 1, d + 1)), np.empty((d + 1, d + 1))
+        running[:d, :d] = self.running
+        terminal[:d, :d] = self.reward_quadratic
+        terminal[:d, d] = terminal[d, :d] = -self.reward_linear
+        terminal[d, d] = -2.0 * self.reward_constant
+        extended = np.append(self.start_mean, 1.0)
+        start = np.outer(extended, extended)
+        start[:d, :d] += self.start_covariance
+        linear = np.column_stack((self.drift_matrix, self.drift_offset))
+        return ClosedLoop(linear, self.diffusion, running, terminal, start)
+
+    def _refine(
+        self,
+        gain: MatrixFunction,
+        bias: MatrixFunction,
+        breaks: Sequence[float],
+        answer: Callable[[FeedbackEvaluation], tuple[Array, Array]],
+    ) -> tuple[Array, float]:
+        """Return ``answer`` on ever more panels, with a bound on its error.
+
+        The bound is twice the change from the last but one resolution, which the
+        finer one improves on by orders of magnitude where the feedback is smooth
+        between the breaks, plus a running bound of the rounding error.
+        """
+        ends = np.unique([0.0, *self._check_times(list(breaks)), self.horizon])
+        # sample inside: a feedback may jump at a break
+        samples = (ends[:-1, None] + np.diff(ends)[:, None] * [0.01, 0.5, 0.99]).ravel()
+        norm = max(
+            float(
+                np.linalg.norm(self.drift_matrix + self.diffusion @ gain(float(t)), 2)
+            )
+            for t in samples
+        )
+        base = [max(1, int(np.ceil(0.5 * norm * w))) for w in np.diff(ends)]
+        previous, value, bound = None, np.empty(0), np.inf
+        for level in range(6):
+            pieces = [
+                np.linspace(start, end, n * 2**level + 1)[:-1]
+                for start, end, n in zip(ends[:-1], ends[1:], base, strict=True)
+            ]
+            edges = np.append(np.concatenate(pieces), self.horizon)
+            value, scale = answer(FeedbackEvaluation(self._loop, gain, bias, edges))
+            rounding = 8.0 * _EPS * (self.dim + len(edges)) * float(np.max(scale))
+            if previous is not None:
+                change = float(np.max(np.abs(value - previous)))
+                bound = 2.0 * change + rounding
+                if change <= rounding:
+                    break
+            previous = value
+        return value, bound
+
+    @staticmethod
+    def _derivative(
+        evaluation: FeedbackEvaluation,
+        gain_derivative: MatrixFunction,
+        bias_derivative: MatrixFunction,
+    ) -> Array:
+        return evaluation.at_nodes(
+            lambda t: np.concatenate(
+                (gain_derivative(t), np.asarray(bias_derivative(t))[..., None]), axis=-1
+            )
+        )
+
+    def policy_objective(
+        self,
+        gain: MatrixFunction,
+        bias: MatrixFunction,
+        gain_derivative: MatrixFunction,
+        bias_derivative: MatrixFunction,
+        *,
+        breaks: Sequence[float] = (),
+    ) -> PolicyObjective:
+        """Return J(theta) of u = K(t) x + k(t), its gradient and an error bound.
+
+        Parameters
+        ----------
+        gain, bias : t -> K (m, d), k (m,).
+        gain_derivative, bias_derivative : t -> dK/dtheta (P, m, d), dk/dtheta (P, m).
+        breaks : times at which the feedback is not smooth.
+
+        Returns
+        -------
+        objective, gradient (P,) and a bound on the absolute error of all of them.
+        """
+
+        def answer(evaluation: FeedbackEvaluation) -> tuple[Array, Array]:
+            derivative = self._derivative(evaluation, gain_derivative, bias_derivative)
+            gradient, size = evaluation.contract(evaluation.full_adjoint(), derivative)
+            return (
+                np.append(evaluation.objective(), gradient),
+                np.append(evaluation.objective_scale(), size),
+            )
+
+        values, bound = self._refine(gain, bias, breaks, answer)
+        return PolicyObjective(float(values[0]), values[1:], bound)
+
+    def matching_gradient(
+        self,
+        gain: MatrixFunction,
+        bias: MatrixFunction,
+        gain_derivative: MatrixFunction,
+        bias_derivative: MatrixFunction,
+        *,
+        breaks: Sequence[float] = (),
+    ) -> PolicyGradient:
+        """Return the expected gradient of the adjoint-matching loss, and its bound.
+
+        The loss is 1/2 E int |u_theta(X_t) + sigma^T a_t|^2 dt with the lean adjoint
+        a' = -A^T a - F x, a_T = Q X_T - q; X and a are detached.  It vanishes at u*
+        and is not the gradient of J elsewhere (Domingo-Enrich et al. 2024).  The
+        arguments are those of ``policy_objective``.
+        """
+
+        def answer(evaluation: FeedbackEvaluation) -> tuple[Array, Array]:
+            derivative = self._derivative(evaluation, gain_derivative, bias_derivative)
+            return evaluation.contract(evaluation.lean_adjoint(), derivative)
+
+        return PolicyGradient(*self._refine(gain, bias, breaks, answer))
+
+    def control_error(
+        self,
+        gain: MatrixFunction,
+        bias: MatrixFunction,
+        *,
+        breaks: Sequence[float] = (),
+    ) -> PolicyScalar:
+        """Return E_theta int |u_theta - u*|^2 dt under the feedback, and its bound.
+
+        Half of it is J(theta) - J(u*).
+        """
+
+        def answer(evaluation: FeedbackEvaluation) -> tuple[Array, Array]:
+            P, p, _ = self.riccati_grid(evaluation.times)
+            optimal = -self.diffusion.T @ np.concatenate((P, p[..., None]), axis=-1)
+            gap = evaluation.control - optimal
+            size = np.abs(evaluation.control) + np.abs(optimal)
+            terms = [
+                np.einsum("ns,nsua,nsub,nsab->", evaluation.weights, g, g, m)
+                for g, m in (
+                    (gap, evaluation.moments),
+                    (size, np.abs(evaluation.moments)),
+                )
+            ]
+            return np.array(terms[:1]), np.array(terms[1:])
+
+        value, bound = self._refine(gain, bias, breaks, answer)
+        return PolicyScalar(float(value[0]), bound)

@@ -1,0 +1,393 @@
+"""Linear-quadratic problems with time-varying linear feedback as control family.
+
+The control family spans the optimal feedback and offset, each with a constant and a
+linear temporal profile, and a plain state feedback whose optimal coefficient is zero:
+
+    u_theta(x, t) = -(theta_0 + theta_1 s) sigma^T P(t) x          feedback
+                    -(theta_2 + theta_3 s) sigma^T p(t)            offset
+                    - theta_4 x,         s = 2 (t / T) - 1         state
+
+without the terms whose P or p vanishes.  At theta* = (1, 0, 1, 0, 0) it is u*.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.polynomial import chebyshev
+
+from sdebench.closed_form.affine_chain import AffineChain
+from sdebench.closed_form.linear_quadratic import LinearQuadratic
+from sdebench.problem import (
+    Array,
+    Problem,
+    Truth,
+    as_states,
+    as_time,
+    check_scheme,
+)
+from sdebench.simulate.tables import LinearTables
+
+if TYPE_CHECKING:
+    from sdebench.closed_form.gaussian_mixture import GaussianMixture
+
+
+def _interpolate(values: Callable[[Array], Array], end: float) -> Callable[..., Array]:
+    """Return a Chebyshev interpolant on [0, end], accurate to rounding.
+
+    The Riccati solution is analytic; the degree doubles until the last coefficients
+    are at rounding level.
+    """
+    degree = 32
+    while True:
+        nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+        samples = values(0.5 * end * (nodes + 1.0))
+        shape = samples.shape[1:]
+        flat = samples.reshape(degree + 1, -1)
+        coefficients = chebyshev.chebfit(nodes, flat, degree)
+        size = np.max(np.abs(coefficients), initial=1e-300)
+        tail = np.max(np.abs(coefficients[-4:]), initial=0.0)
+        if tail <= 1e-14 * size or degree >= 512:
+            break
+        degree *= 2
+
+    def evaluate(t: float | Array) -> Array:
+        s = 2.0 * np.asarray(t, float) / end - 1.0
+        result = np.moveaxis(chebyshev.chebval(s, coefficients), 0, -1)
+        return np.asarray(result.reshape(np.shape(t) + shape))
+
+    return evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem(Problem):
+    """A problem given by a `LinearQuadratic` model with constant coefficients."""
+
+    @abstractmethod
+    def build(self) -> LinearQuadratic:
+        """Return the exact algebra for the current parameters."""
+
+    @cached_property
+    def model(self) -> LinearQuadratic:
+        """The exact algebra, built once."""
+        return self.build()
+
+    def __post_init__(self) -> None:
+        # Build at once: a parameter out of range is refused where it is given.
+        self.model.riccati(0.0)
+
+    @property
+    def dim(self) -> int:
+        return self.model.dim
+
+    @property
+    def time_span(self) -> tuple[float, float]:
+        return 0.0, self.model.horizon
+
+    @cached_property
+    def truth(self) -> LinearTruth:
+        return LinearTruth(self)
+
+    def drift(self, x: Array, t: float) -> Array:
+        as_time(t, self.time_span)
+        states = as_states(x, self.dim)
+        return states @ self.model.drift_matrix.T + self.model.drift_offset
+
+    def diffusion(self, t: float) -> Array:
+        as_time(t, self.time_span)
+        return self.model.diffusion
+
+    def running_cost(self, x: Array, t: float) -> Array:
+        states = as_states(x, self.dim)
+        return 0.5 * np.einsum("...i,ij,...j->...", states, self.model.running, states)
+
+    def reward(self, x: Array) -> Array:
+        states, model = as_states(x, self.dim), self.model
+        quadratic = np.einsum(
+            "...i,ij,...j->...", states, model.reward_quadratic, states
+        )
+        return -0.5 * quadratic + states @ model.reward_linear + model.reward_constant
+
+    # ---- control family -------------------------------------------------------------
+    @cached_property
+    def riccati(self) -> tuple[Callable[..., Array], Callable[..., Array]]:
+        """Interpolants of P(t) (..., d, d) and p(t) (..., d)."""
+        model = self.model
+        return (
+            _interpolate(lambda t: model.riccati_grid(t)[0], model.horizon),
+            _interpolate(lambda t: model.riccati_grid(t)[1], model.horizon),
+        )
+
+    @cached_property
+    def _profiles(self) -> tuple[tuple[str, int, int], ...]:
+        """(parameter name, spatial map, power of s) of every parameter."""
+        times = np.linspace(0.0, self.model.horizon, 17)
+        quadratic, linear, _ = self.model.riccati_grid(times)
+        profiles: list[tuple[str, int, int]] = []
+        n_maps = 0
+        for name, values in (("feedback", quadratic), ("offset", linear)):
+            if np.any(values):
+                profiles += [(name, n_maps, 0), (f"{name}_slope", n_maps, 1)]
+                n_maps += 1
+        return (*profiles, ("state", n_maps, 0))
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _, _ in self._profiles)
+
+    @property
+    def theta_star(self) -> Array:
+        return np.array(
+            [float(name in ("feedback", "offset")) for name in self.parameter_names]
+        )
+
+    def basis(self, t: Array) -> Array:
+        """Return the temporal coefficients (P, S, n) of the maps at times t (n,)."""
+        s = 2.0 * np.asarray(t, float) / self.model.horizon - 1.0
+        n_maps = self._profiles[-1][1] + 1
+        values = np.zeros((self.n_params, n_maps, len(s)))
+        for index, (_, spatial, power) in enumerate(self._profiles):
+            values[index, spatial] = s**power
+        return values
+
+    def maps(self, t: Array) -> tuple[Array, Array]:
+        """Return the spatial maps (S, n, d, d) and (S, n, d) at times t (n,)."""
+        dim, count = self.dim, len(t)
+        quadratic, linear = self.riccati
+        gains, biases = [], []
+        sigma_t = self.model.diffusion.T
+        for name, _, power in self._profiles:
+            if power:
+                continue
+            gain, bias = np.zeros((count, dim, dim)), np.zeros((count, dim))
+            if name == "feedback":
+                gain = -sigma_t @ quadratic(t)
+            elif name == "offset":
+                bias = -linear(t) @ sigma_t.T
+            else:
+                gain[:] = -np.eye(dim)
+            gains.append(gain)
+            biases.append(bias)
+        return np.array(gains), np.array(biases)
+
+    def feedback(self, t: Array) -> tuple[Array, Array]:
+        """Return du/dtheta at times t (n,): gains (P, n, d, d), biases (P, n, d)."""
+        basis = self.basis(t)
+        gains, biases = self.maps(t)
+        return (
+            np.einsum("psn,snij->pnij", basis, gains),
+            np.einsum("psn,sni->pni", basis, biases),
+        )
+
+    # ---- tables ---------------------------------------------------------------------
+    def tables(
+        self, theta: Array | None, times: Array, scheme: str = "euler_maruyama"
+    ) -> LinearTables:
+        check_scheme(scheme)
+        model, starts, steps = self.model, times[:-1], np.diff(times)
+        dim, count = self.dim, len(steps)
+        transition, offset = np.empty((count, dim, dim)), np.empty((count, dim))
+        noise, response = np.empty((count, dim, dim)), np.empty((count, dim, dim))
+        for n, h in enumerate(steps):
+            if n and np.isclose(h, steps[n - 1], rtol=1e-13, atol=0.0):
+                for array in (transition, offset, noise, response):
+                    array[n] = array[n - 1]
+                continue
+            transition[n], offset[n], noise[n], response[n] = _step(model, h, scheme)
+        gains, biases = self.maps(starts)
+        gains = response @ gains
+        biases = np.einsum("nij,snj->sni", response, biases)
+        basis = self.basis(starts)
+        weights = np.zeros(self.n_params) if theta is None else np.asarray(theta, float)
+        combined = np.einsum("p,psn->sn", weights, basis)
+        return LinearTables(
+            transition=transition,
+            offset=offset,
+            noise=noise,
+            gain=np.einsum("sn,snij->nij", combined, gains),
+            bias=np.einsum("sn,sni->ni", combined, biases),
+            feature_gain=np.ascontiguousarray(gains),
+            feature_bias=np.ascontiguousarray(biases),
+            basis=basis,
+            running=steps[:, None, None] * model.running,
+            reward_quadratic=model.reward_quadratic,
+            reward_linear=model.reward_linear,
+            reward_constant=np.array([model.reward_constant]),
+            start_mean=model.start_mean,
+            start_factor=_factor(model.start_covariance),
+        )
+
+
+def _factor(covariance: Array) -> Array:
+    """Return L with L L^T = covariance, zero allowed."""
+    values, vectors = np.linalg.eigh(covariance)
+    root = np.sqrt(np.clip(values, 0.0, None))
+    if np.ptp(values) == 0.0:
+        return np.diag(root)
+    return np.asarray(vectors * root)
+
+
+def _step(
+    model: LinearQuadratic, h: float, scheme: str
+) -> tuple[Array, Array, Array, Array]:
+    """Return M, c, G and R = G^-1 (response to the control), w = R u."""
+    dim = model.dim
+    A, sigma = model.drift_matrix, model.diffusion
+    if scheme == "euler_maruyama":
+        root = np.sqrt(h)
+        return (
+            np.eye(dim) + h * A,
+            h * model.drift_offset,
+            root * sigma,
+            (root * np.eye(dim)),
+        )
+    import scipy.linalg
+
+    # Van Loan (1978): one exponential gives the transition and the noise covariance.
+    block = np.block([[-A, sigma @ sigma.T], [np.zeros_like(A), A.T]])
+    flow = scipy.linalg.expm(h * block)
+    transition = flow[dim:, dim:].T
+    covariance = transition @ flow[:dim, dim:]
+    noise = np.linalg.cholesky(0.5 * (covariance + covariance.T))
+    forced = np.block([[A, np.eye(dim)], [np.zeros((dim, 2 * dim))]])
+    integral = scipy.linalg.expm(h * forced)[:dim, dim:]
+    response = np.linalg.solve(noise, integral @ sigma)
+    return transition, integral @ model.drift_offset, noise, response
+
+
+class LinearTruth(Truth):
+    """Exact answers of a `LinearProblem`."""
+
+    def __init__(self, problem: LinearProblem) -> None:
+        self._problem = problem
+        self._model = problem.model
+
+    def _at(self, x: Array, t: float) -> tuple[Array, float]:
+        problem = self._problem
+        return as_states(x, problem.dim), as_time(t, problem.time_span)
+
+    def control(self, x: Array, t: float) -> Array:
+        return self._model.control(*self._at(x, t))
+
+    def value(self, x: Array, t: float) -> Array:
+        return self._model.value(*self._at(x, t))
+
+    def policy(self, x: Array, t: float, theta: Any) -> Array:
+        """Return the control u_theta(x, t), shape of x (..., d)."""
+        gain, bias = self._law(theta)
+        states, time = self._at(x, t)
+        return states @ gain(time).T + bias(time)
+
+    def _law(self, theta: Any) -> tuple[Callable[..., Array], Callable[..., Array]]:
+        weights = self._problem.theta(theta)
+
+        def gain(t: float) -> Array:
+            return np.einsum("p,pij->ij", weights, self._dgain(t))
+
+        def bias(t: float) -> Array:
+            return np.einsum("p,pi->i", weights, self._dbias(t))
+
+        return gain, bias
+
+    def _dgain(self, t: float) -> Array:
+        return self._problem.feedback(np.array([t]))[0][:, 0]
+
+    def _dbias(self, t: float) -> Array:
+        return self._problem.feedback(np.array([t]))[1][:, 0]
+
+    def _chain(self, theta: Any, n_steps: Any) -> tuple[AffineChain, Any]:
+        problem = self._problem
+        tables = problem.tables(problem.theta(theta), problem.time_grid(n_steps))
+        derivatives = (
+            np.einsum("psn,snij->pnij", tables.basis, tables.feature_gain),
+            np.einsum("psn,sni->pni", tables.basis, tables.feature_bias),
+        )
+        chain = AffineChain.from_tables(tables)
+        return chain, (tables.gain, tables.bias, *derivatives)
+
+    def log_normalizer(self, n_steps: int | None = None) -> float:
+        if n_steps is not None:
+            return self._chain("zero", n_steps)[0].log_normalizer()
+        return self._model.log_normalizer()
+
+    def optimal_cost(self, n_steps: int | None = None) -> float:
+        if n_steps is not None:
+            return self._chain("zero", n_steps)[0].optimal_cost()
+        return self._model.optimal_cost()
+
+    def _policy_objective(self, theta: Any) -> Any:
+        key = self._problem.theta(theta).tobytes()
+        cache: dict[bytes, Any] = self.__dict__.setdefault("_objectives", {})
+        if key not in cache:
+            law = self._law(theta)
+            cache[key] = self._model.policy_objective(*law, self._dgain, self._dbias)
+        return cache[key]
+
+    def _policy_matching(self, theta: Any) -> Any:
+        key = self._problem.theta(theta).tobytes()
+        cache: dict[bytes, Any] = self.__dict__.setdefault("_matchings", {})
+        if key not in cache:
+            law = self._law(theta)
+            cache[key] = self._model.matching_gradient(*law, self._dgain, self._dbias)
+        return cache[key]
+
+    def objective(self, theta: Any, n_steps: int | None = None) -> float:
+        if n_steps is not None:
+            chain, (gain, bias, _, _) = self._chain(theta, n_steps)
+            return chain.objective(gain, bias)
+        return float(self._policy_objective(theta).objective)
+
+    def gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+        if n_steps is not None:
+            chain, coefficients = self._chain(theta, n_steps)
+            return chain.gradient(*coefficients)
+        return np.asarray(self._policy_objective(theta).gradient)
+
+    def matching_gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+        if n_steps is not None:
+            chain, coefficients = self._chain(theta, n_steps)
+            return chain.matching_gradient(*coefficients)
+        return np.asarray(self._policy_matching(theta).gradient)
+
+    def _law_of(self, mean: Array, covariance: Array) -> GaussianMixture:
+        from sdebench.closed_form.gaussian_mixture import GaussianMixture
+
+        return GaussianMixture.normal(mean, covariance)
+
+    def base_marginal(self, t: float) -> GaussianMixture:
+        means, covariances = self._model.base_moments([t])
+        return self._law_of(means[0], covariances[0])
+
+    def tilted_marginal(self, t: float) -> GaussianMixture:
+        means, covariances = self._model.tilted_moments([t])
+        return self._law_of(means[0], covariances[0])
+
+    def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
+        chain, _ = self._chain("zero", n_steps)
+        gain, bias = chain.optimal_feedback()
+        times = self._problem.time_grid(n_steps)
+        root = np.sqrt(times[step + 1] - times[step])
+        return (as_states(x, self._problem.dim) @ gain[step].T + bias[step]) / root
+
+    def control_error(self, theta: Any, n_steps: int | None = None) -> float:
+        if n_steps is None:
+            return float(np.sqrt(self._model.control_error(*self._law(theta)).value))
+        chain, (gain, bias, _, _) = self._chain(theta, n_steps)
+        return float(
+            np.sqrt(chain.control_distance(gain, bias, *chain.optimal_feedback()))
+        )
+
+    def error_bound(self, quantity: str, theta: Any = None) -> float:
+        theta = "optimum" if theta is None else theta
+        if quantity in ("objective", "gradient"):
+            return float(self._policy_objective(theta).error_bound)
+        if quantity == "matching_gradient":
+            return float(self._policy_matching(theta).error_bound)
+        if quantity == "control_error":
+            return float(self._model.control_error(*self._law(theta)).error_bound)
+        return 0.0

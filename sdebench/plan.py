@@ -1,0 +1,202 @@
+"""Which cells a suite holds: discovered from the catalogue, never listed by hand.
+
+A cell is the unit of work, of storage and of resuming.  Every problem and estimator
+may declare a ``variants`` attribute, a list of parameter sets; each set is one entry
+of the suites, and the default is the published setting alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from sdebench.errors import ParameterError, SDEBenchError, unknown
+
+if TYPE_CHECKING:
+    from sdebench.problem import Problem
+
+# The size of the quick suite: 40 s warm on two cores, three minutes cold.
+QUICK_POINTS = ("halfway", "optimum")
+QUICK_PATHS = 256
+QUICK_REPLICATES = 64
+QUICK_LADDER = (0.25, 0.5, 1.0, 2.0)
+
+FULL_POINTS = ("zero", "halfway", "optimum", "overshoot")
+FULL_PATHS = 1024
+FULL_REPLICATES = 256
+FULL_LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def canonical(value: Any) -> str:
+    """Return JSON text that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a problem, an estimator and the settings of both.
+
+    ``problem`` and ``estimator`` are specifications such as ``"two_modes:beta=0.1"``;
+    ``n_paths`` is the number of paths of one replicate.
+    """
+
+    problem: str
+    estimator: str
+    point: str
+    n_steps: int
+    n_paths: int
+    n_replicates: int
+    backend: str = "numba"
+    dtype: str = "float64"
+    scheme: str = "euler_maruyama"
+    seed: int = 0
+    device: str = "cpu"
+
+    @cached_property
+    def key(self) -> str:
+        """Return the name of the cell's file: a digest of everything that defines it.
+
+        The same in every process and on every machine.
+        """
+        text = canonical(asdict(self)).encode()
+        return hashlib.sha1(text, usedforsecurity=False).hexdigest()
+
+    @cached_property
+    def group(self) -> tuple[str | int, ...]:
+        """Return all but the estimator: cells that share the simulated paths."""
+        values = asdict(self)
+        del values["estimator"]
+        return tuple(values.values())
+
+    @property
+    def work(self) -> int:
+        """Return the number of path-steps, the unit of the time left."""
+        return self.n_steps * self.n_paths * self.n_replicates
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Return the names of problem and estimator, without parameters."""
+        return self.problem.partition(":")[0], self.estimator.partition(":")[0]
+
+    def __str__(self) -> str:
+        """Return what a progress line says."""
+        return (
+            f"{self.problem} × {self.estimator} at {self.point}, {self.n_steps} steps, "
+            f"{self.backend} {self.dtype}"
+        )
+
+
+def groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Return the cells in groups that share their simulated paths, longest first.
+
+    torch groups lead: importing torch takes seconds, better spent while others run.
+    """
+    found: dict[tuple[str | int, ...], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.group, []).append(cell)
+    return sorted(
+        found.values(),
+        key=lambda g: (g[0].backend != "torch", -sum(c.work for c in g)),
+    )
+
+
+def _entries(kind: str) -> Iterator[tuple[str, Any]]:
+    """Yield (specification, object) for every variant of everything of a kind."""
+    from sdebench import registry
+
+    names = getattr(registry, f"{kind}_names")()
+    build: Callable[..., Any] = getattr(registry, kind)
+    for name in names:
+        try:
+            default = build(name)
+        except SDEBenchError:
+            raise
+        except Exception as error:  # a new file with a mistake in it
+            raise SDEBenchError(
+                f"{kind} {name} cannot be loaded: {type(error).__name__}: {error}; "
+                "see --debug"
+            ) from error
+        for values in getattr(default, "variants", None) or [{}]:
+            spec = registry.label(name, dict(sorted(values.items())), {})
+            yield spec, build(spec) if values else default
+
+
+def _family(problem: Problem) -> str:
+    """Return the base that the problem's simulation is an instance of."""
+    bases = type(problem).__mro__
+    outside = (c for c in bases if not c.__module__.startswith("sdebench.problems."))
+    return next(outside).__qualname__
+
+
+def _ladder(n_steps: int, factors: Sequence[float]) -> list[int]:
+    return sorted({max(1, round(n_steps * factor)) for factor in factors})
+
+
+def _quick(seed: int) -> Iterator[Cell]:
+    estimators = [spec for spec, _ in _entries("estimator")]
+    families: set[str] = set()
+    for spec, problem in _entries("problem"):
+        n_steps = problem.default_steps
+        new_family = _family(problem) not in families
+        families.add(_family(problem))
+        ladder = _ladder(n_steps, QUICK_LADDER) if new_family else []
+        for estimator in estimators:
+
+            def cell(
+                point: str, n_steps: int, _e: str = estimator, _p: str = spec, **o: str
+            ) -> Cell:
+                size = QUICK_PATHS, QUICK_REPLICATES
+                return Cell(_p, _e, point, n_steps, *size, seed=seed, **o)  # type: ignore[arg-type]
+
+            yield from (cell(point, n_steps) for point in QUICK_POINTS)
+            yield from (cell(QUICK_POINTS[0], n) for n in ladder)
+            if new_family:
+                yield cell(QUICK_POINTS[0], n_steps, backend="torch")
+                yield cell(QUICK_POINTS[0], n_steps, dtype="float32")
+
+
+def _full(seed: int) -> Iterator[Cell]:
+    estimators = [spec for spec, _ in _entries("estimator")]
+    for spec, problem in _entries("problem"):
+        settings = [
+            (n, "numba", dtype)
+            for n in _ladder(problem.default_steps, FULL_LADDER)
+            for dtype in ("float64", "float32")
+        ]
+        settings += [
+            (problem.default_steps, "torch", dtype) for dtype in ("float64", "float32")
+        ]
+        for point in FULL_POINTS:
+            for n, backend, dtype in settings:
+                for estimator in estimators:
+                    size = n, FULL_PATHS, FULL_REPLICATES
+                    yield Cell(spec, estimator, point, *size, backend, dtype, seed=seed)
+
+
+SUITES: dict[str, Callable[[int], Iterator[Cell]]] = {"quick": _quick, "full": _full}
+
+
+def suite(name: str = "quick", seed: int = 0) -> list[Cell]:
+    """Return the cells of a suite, in a fixed order and without repetitions.
+
+    Parameters
+    ----------
+    name : ``"quick"`` (every problem and estimator, in seconds) or ``"full"`` (all
+        points, step ladders, dtypes and backends).
+    seed : seed of the noise, 0 … 2^64 - 1; common to all cells, so that estimators
+        are compared on the same paths.
+
+    Raises
+    ------
+    UnknownNameError
+        For any other suite.
+    """
+    if name not in SUITES:
+        raise unknown("suite", name, SUITES)
+    if not 0 <= seed < 2**64:
+        raise ParameterError(f"seed = {seed} is outside 0 … 2^64 - 1")
+    return list(dict.fromkeys(SUITES[name](seed)))

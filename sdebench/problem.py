@@ -1,0 +1,352 @@
+"""What a problem is: what estimators may see, and, apart from it, the truth.
+
+A problem file fills in parameters and returns closed-form algebra; the two base
+classes `sdebench.tilting_problem.TiltingProblem` (classes G and F of the catalogue)
+and `sdebench.linear_problem.LinearProblem` (class L) turn it into coefficient tables
+for the simulation and into a `Truth`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdebench.callable_module import make_callable
+from sdebench.errors import NotExactError, ParameterError, unknown
+from sdebench.registry import label
+from sdebench.registry import problem as problem_by_name
+
+if TYPE_CHECKING:
+    from sdebench.closed_form.gaussian_mixture import GaussianMixture
+    from sdebench.simulate.tables import Tables
+
+Array = NDArray[np.float64]
+
+POINTS: Mapping[str, float] = {
+    "zero": 0.0,
+    "halfway": 0.5,
+    "optimum": 1.0,
+    "overshoot": 1.5,
+}
+"""Evaluation points, as multiples of the optimal parameters."""
+
+SCHEMES = ("euler_maruyama", "exponential")
+
+ESTIMANDS = {
+    "gradient": "gradient of the control objective J",
+    "matching_gradient": "gradient of the adjoint-matching loss",
+    "log_normalizer": "log Z",
+}
+"""What can be estimated, each with an exact answer in `Truth`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(ABC):
+    """A problem of the catalogue; subclasses are frozen dataclasses of parameters.
+
+    Class attributes
+    ----------------
+    default_steps : the published number of time steps, or the suite's.
+    source : where the problem comes from.
+    hardness : one sentence, why it is hard.
+    variants : parameter dictionaries that the suites run.
+    """
+
+    default_steps: ClassVar[int] = 50
+    source: ClassVar[str] = ""
+    hardness: ClassVar[str] = ""
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+
+    # ---- identity ---------------------------------------------------------------
+    @property
+    def name(self) -> str:
+        """The file's stem, the problem's name everywhere."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All parameters with their values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @property
+    def label(self) -> str:
+        """The name with the parameters that differ from their defaults."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return label(self.name, self.parameters, defaults)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the class's docstring."""
+        return (inspect.getdoc(type(self)) or "").partition("\n")[0]
+
+    # ---- what the estimators see --------------------------------------------------
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Dimension d of the state and of the noise."""
+
+    @property
+    @abstractmethod
+    def time_span(self) -> tuple[float, float]:
+        """Start and end of the process."""
+
+    @property
+    @abstractmethod
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the components of theta."""
+
+    @property
+    @abstractmethod
+    def theta_star(self) -> Array:
+        """Parameters (P,) at which the control is optimal in continuous time."""
+
+    @abstractmethod
+    def drift(self, x: Array, t: float) -> Array:
+        """Return the base drift b(x, t), shape of x (..., d)."""
+
+    @abstractmethod
+    def diffusion(self, t: float) -> Array:
+        """Return sigma(t), (d, d)."""
+
+    @abstractmethod
+    def running_cost(self, x: Array, t: float) -> Array:
+        """Return the running cost f(x, t), shape (...), for x (..., d)."""
+
+    @abstractmethod
+    def reward(self, x: Array) -> Array:
+        """Return the terminal reward r(x), shape (...), for x (..., d)."""
+
+    @abstractmethod
+    def tables(
+        self,
+        theta: Array | None,
+        times: Array,
+        scheme: str = "euler_maruyama",
+    ) -> Tables:
+        """Fill the coefficient tables on a time grid.
+
+        Parameters
+        ----------
+        theta : (P,) control parameters, or None for no control.
+        times : (n_steps + 1,) increasing, from `time_grid`.
+        scheme : "euler_maruyama" or "exponential".
+        """
+
+    @property
+    @abstractmethod
+    def truth(self) -> Truth:
+        """The exact answers; never handed to an estimator."""
+
+    @property
+    def n_params(self) -> int:
+        """Number P of control parameters."""
+        return len(self.parameter_names)
+
+    # ---- evaluation points and grids ------------------------------------------------
+    @cached_property
+    def points(self) -> dict[str, Array]:
+        """The named evaluation points."""
+        return {name: factor * self.theta_star for name, factor in POINTS.items()}
+
+    def theta(self, point: str | Sequence[float] | Array) -> Array:
+        """Return theta (P,) for a point's name or for given numbers.
+
+        Raises
+        ------
+        UnknownNameError, ParameterError
+            For an unknown point, a wrong length or a value that is not finite.
+        """
+        if isinstance(point, str):
+            if point not in self.points:
+                raise unknown("evaluation point", point, self.points)
+            return self.points[point]
+        try:
+            theta = np.asarray(point, dtype=np.float64)
+        except (TypeError, ValueError):
+            theta = np.full(1, np.nan)
+        if theta.shape != (self.n_params,) or not np.all(np.isfinite(theta)):
+            names = ", ".join(self.parameter_names)
+            raise ParameterError(
+                f"theta {point!r} does not fit {self.name}; give {self.n_params} "
+                f"finite numbers ({names}) or one of {', '.join(self.points)}"
+            )
+        return theta
+
+    def time_grid(self, steps: int | Sequence[float] | Array | None = None) -> Array:
+        """Return the time grid (n_steps + 1,).
+
+        Parameters
+        ----------
+        steps : number of uniform steps (default: ``default_steps``), or the grid.
+        """
+        start, end = self.time_span
+        if steps is None:
+            steps = self.default_steps
+        if isinstance(steps, int | np.integer):
+            if steps < 1:
+                raise ParameterError(
+                    f"n_steps {steps} is not allowed; give at least 1 time step"
+                )
+            return np.linspace(start, end, int(steps) + 1)
+        times = np.asarray(steps, dtype=np.float64)
+        if (
+            times.ndim != 1
+            or len(times) < 2
+            or not np.all(np.diff(times) > 0)
+            or not np.isclose(times[0], start)
+            or not np.isclose(times[-1], end)
+        ):
+            raise ParameterError(
+                f"time grid {np.array2string(times, threshold=6)} is not allowed; give "
+                f"increasing times from {start:g} to {end:g}"
+            )
+        return times
+
+
+def as_states(x: Any, dim: int) -> Array:
+    """Return x as float64 states (..., dim); float32 is refused.
+
+    Raises
+    ------
+    ParameterError
+        For float32 or lower precision (exact answers to 1e-12 need float64 input), a
+        wrong last axis, or values that are not finite.
+    """
+    states = np.asarray(x)
+    if states.dtype in (np.float32, np.float16):
+        raise ParameterError(
+            f"x has dtype {states.dtype}; exact answers need float64: pass "
+            "x.astype('float64')"
+        )
+    states = states.astype(np.float64)
+    if states.ndim == 0 or states.shape[-1] != dim:
+        raise ParameterError(
+            f"x has shape {states.shape}; expected (..., {dim}), the state's dimension "
+            "last"
+        )
+    if not np.all(np.isfinite(states)):
+        raise ParameterError("x holds NaN or infinity; give finite states")
+    return states
+
+
+def as_time(t: Any, span: tuple[float, float]) -> float:
+    """Return t as a float inside the time span, or raise `ParameterError`."""
+    time = float(t)
+    if not span[0] <= time <= span[1]:
+        raise ParameterError(
+            f"t = {time:g} is outside the process's time span [{span[0]:g}, "
+            f"{span[1]:g}]"
+        )
+    return time
+
+
+def check_scheme(scheme: str) -> None:
+    """Raise for an unknown time-stepping scheme."""
+    if scheme not in SCHEMES:
+        raise unknown("scheme", scheme, SCHEMES)
+
+
+class Truth:
+    """Exact answers of one problem, for the harness only.
+
+    Every method raises `NotExactError` with the reason where no exact answer exists.
+    ``n_steps`` asks for the answer of the N-step discretization instead of continuous
+    time; it may also be a grid.  `error_bound` tells how far an answer that needs
+    quadrature may be off; it is 0 for closed forms up to rounding.
+    """
+
+    def control(self, x: Array, t: float) -> Array:
+        """Return the optimal control u*(x, t), shape of x (..., d)."""
+        raise NotImplementedError
+
+    def value(self, x: Array, t: float) -> Array:
+        """Return V(x, t) = -log h(x, t), shape (...)."""
+        raise NotImplementedError
+
+    def h(self, x: Array, t: float) -> Array:
+        """Return h(x, t) = E[exp(r(X_T) - int f) | X_t = x] under the base."""
+        return np.exp(-self.value(x, t))
+
+    def log_normalizer(self, n_steps: int | None = None) -> float:
+        """Return log Z = log E_{p_0} h(X_0, t_0)."""
+        raise NotImplementedError
+
+    def objective(self, theta: Any, n_steps: int | None = None) -> float:
+        """Return J(theta) = E int (1/2 |u|^2 + f) dt - E r(X_T)."""
+        raise NotImplementedError
+
+    def gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+        """Return the gradient of J, (P,)."""
+        raise NotImplementedError
+
+    def matching_gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+        """Return the gradient of the adjoint-matching loss at its own control, (P,)."""
+        raise NotImplementedError
+
+    def optimal_cost(self, n_steps: int | None = None) -> float:
+        """Return the least objective, J(u*) = -E_{p_0} log h(X_0, t_0)."""
+        raise NotImplementedError
+
+    def base_marginal(self, t: float) -> GaussianMixture:
+        """Return the law of X_t under the base process."""
+        raise NotImplementedError
+
+    def tilted_marginal(self, t: float) -> GaussianMixture:
+        """Return the law of X_t under the optimal control."""
+        raise NotImplementedError
+
+    def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
+        """Return the optimal control u*_N(x, t_step) of the N-step chain."""
+        raise NotExactError(
+            "the optimum of the discretized problem is exact on linear-quadratic "
+            "problems only"
+        )
+
+    def control_error(self, theta: Any, n_steps: int | None = None) -> float:
+        """Return (E_theta int |u_theta - u*|^2 dt)^(1/2).
+
+        With ``n_steps``: the distance from u*_N under the N-step chain.  In continuous
+        time it is (2 (J(theta) - J(u*)))^(1/2), the regret identity.
+        """
+        if n_steps is not None:
+            raise NotExactError(
+                "the optimum of the discretized problem is exact on linear-quadratic "
+                "problems only"
+            )
+        excess = self.objective(theta) - self.optimal_cost()
+        return float(np.sqrt(2.0 * max(excess, 0.0)))
+
+    def error_bound(self, quantity: str, theta: Any = None) -> float:
+        """Return an absolute error bound of "gradient", "log_normalizer", ... ."""
+        return 0.0
+
+    def answer(
+        self, estimand: str, theta: Any, n_steps: int | None = None
+    ) -> Array | None:
+        """Return the exact value of an estimand as a vector, or None if there is none.
+
+        Parameters
+        ----------
+        estimand : a key of `ESTIMANDS`.
+        theta : (P,) or a point's name; unused for "log_normalizer".
+        """
+        if estimand not in ESTIMANDS:
+            raise unknown("estimand", estimand, ESTIMANDS)
+        try:
+            if estimand == "log_normalizer":
+                return np.array([self.log_normalizer(n_steps)])
+            method = getattr(self, estimand)
+            return np.asarray(method(theta, n_steps))
+        except NotExactError:
+            return None
+
+
+make_callable(__name__, problem_by_name)

@@ -1,0 +1,156 @@
+"""Find problems and estimators by name: the file's stem is the name everywhere.
+
+Listing names looks at file names only and imports nothing; a class is imported when it
+is asked for.  Adding a file to ``problems/`` or ``estimators/`` is all it takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from sdebench.errors import ParameterError, SDEBenchError, unknown
+
+if TYPE_CHECKING:
+    from sdebench.estimator import Estimator
+    from sdebench.problem import Problem
+
+KINDS = {"problem": "sdebench.problems", "estimator": "sdebench.estimators"}
+
+
+def _names(kind: str) -> list[str]:
+    package = importlib.import_module(KINDS[kind])
+    return sorted(
+        m.name
+        for m in pkgutil.iter_modules(package.__path__)
+        if not m.name.startswith("_")
+    )
+
+
+def problem_names() -> list[str]:
+    """Return the names of all problems, sorted, without importing them."""
+    return _names("problem")
+
+
+def estimator_names() -> list[str]:
+    """Return the names of all estimators, sorted, without importing them."""
+    return _names("estimator")
+
+
+def _class(kind: str, name: str) -> type:
+    """Import the one public class of the file that ``name`` names."""
+    names = _names(kind)
+    if name not in names:
+        raise unknown(kind, name, names)
+    module = importlib.import_module(f"{KINDS[kind]}.{name}")
+    base_module = importlib.import_module(f"sdebench.{kind}")
+    base = getattr(base_module, kind.capitalize())
+    found = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, base) and c.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise SDEBenchError(
+            f"{kind}s/{name}.py holds {len(found)} subclasses of {base.__name__}; "
+            "expected exactly one: keep one public class per file"
+        )
+    return found[0]
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split ``"name:dim=50,schedule=vp"`` into the name and its parameters.
+
+    Hyphens in names are read as underscores; values are JSON where they parse as
+    JSON (numbers, true, lists) and plain words otherwise.
+    """
+    name, _, rest = spec.partition(":")
+    parameters: dict[str, Any] = {}
+    depth, item, items = 0, "", []
+    for character in rest:
+        depth += {"[": 1, "]": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            items.append(item)
+            item = ""
+        else:
+            item += character
+    for part in [*items, item] if rest else []:
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ParameterError(
+                f"parameter {part!r} in {spec!r} has no value; write "
+                "name:parameter=value,parameter=value"
+            )
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value.strip()
+        parameters[key.strip().replace("-", "_")] = parsed
+    return name.strip().replace("-", "_"), parameters
+
+
+def _coerce(kind: str, name: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    """Bring a value given as text or JSON to the type of the field's default."""
+    wanted = type(field.default)
+    if wanted is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is not wanted:
+        raise ParameterError(
+            f"{kind} {name}: parameter {field.name} = {value!r} is not a "
+            f"{wanted.__name__}; the default is {field.default!r}"
+        )
+    return value
+
+
+def _build(kind: str, spec: str, given: dict[str, Any]) -> Any:
+    name, parameters = parse(spec)
+    parameters.update(given)
+    cls = _class(kind, name)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key, value in parameters.items():
+        if key not in fields:
+            raise unknown(f"parameter of {kind} {name}", key, fields)
+        parameters[key] = _coerce(kind, name, fields[key], value)
+    return cls(**parameters)
+
+
+def problem(spec: str, **parameters: Any) -> Problem:
+    """Return the problem named by ``spec``, e.g. ``problem("two_modes", beta=0.1)``.
+
+    Parameters
+    ----------
+    spec : name, or ``"name:parameter=value,…"``; hyphens may stand for underscores.
+    **parameters : override the published defaults.
+
+    Raises
+    ------
+    UnknownNameError
+        For an unknown problem or parameter; names the nearest valid ones.
+    ParameterError
+        For a parameter of the wrong type or out of range.
+    """
+    built: Problem = _build("problem", spec, parameters)
+    return built
+
+
+def estimator(spec: str, **options: Any) -> Estimator:
+    """Return the estimator named by ``spec``; the arguments are those of `problem`."""
+    built: Estimator = _build("estimator", spec, options)
+    return built
+
+
+def label(name: str, values: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """Return ``name:key=value,…`` with the values that differ from the defaults."""
+    changed = {k: v for k, v in values.items() if v != defaults.get(k)}
+    text = ",".join(
+        f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()
+    )
+    return f"{name}:{text}" if text else name

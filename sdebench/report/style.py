@@ -1,0 +1,201 @@
+"""The looks that all figures share: one color per estimator, one marker per family.
+
+Colors are seaborn's color-blind-safe palette.  Variants of one estimator are shades of
+its color and differ in line style, so that a figure printed in gray can still be read.
+The mapping depends on names only, never on what else is in the frame, for all
+estimators listed here; others take the colors that are left, in alphabetical order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sdebench.report.cells import Cell, estimands
+from sdebench.report.format import short_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and a full page
+_SMALL = 7.0  # points; the smallest text of a figure
+
+# Positions in the palette: blue, orange, green, vermilion, purple, brown, gray, sky.
+_ORDER = {
+    "pathwise": 0,
+    "reinforce": 1,
+    "adjoint_matching": 2,
+    "path_importance_sampling": 4,
+}
+_SPARE = (3, 9, 5, 7, 6, 8)
+_STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+_FAMILIES = (
+    # (start of the problem's name, family, marker)
+    (("brownian", "ou_", "damped"), "linear–quadratic", "o"),
+    (("gaussian_tilt",), "Gaussian tilt", "s"),
+    (("two_modes", "four_modes", "nine_modes", "mixture"), "mixture tilt", "D"),
+    (("follmer",), "pinned start", "^"),
+)
+OTHER = ("other", "P")
+_ESTIMAND_TEXT = {
+    "gradient": "",
+    "matching_gradient": "matching gradient",
+    "log_normalizer": "log Z",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one variant of an estimator is drawn, and its label."""
+
+    label: str
+    color: tuple[float, float, float]
+    line: Any
+
+    @property
+    def ink(self) -> tuple[float, float, float]:
+        """The color for text: dark enough to be read on white."""
+        r, g, b = self.color
+        light = 0.2126 * r + 0.7152 * g + 0.0722 * b
+        scale = min(1.0, 0.48 / light) if light > 0.0 else 1.0
+        return r * scale, g * scale, b * scale
+
+
+def family(problem: str) -> tuple[str, str]:
+    """Return the family of a problem and its marker."""
+    for starts, name, marker in _FAMILIES:
+        if problem.startswith(starts):
+            return name, marker
+    return OTHER
+
+
+def looks(estimators: Iterable[str]) -> dict[str, Look]:
+    """Map full labels of estimators to their looks, in the order of drawing."""
+    import seaborn as sns
+
+    palette = sns.color_palette("colorblind")
+    names = list(dict.fromkeys(estimators))
+    bases = sorted({n.partition(":")[0] for n in names} - set(_ORDER))
+    slots = _ORDER | {b: _SPARE[i % len(_SPARE)] for i, b in enumerate(bases)}
+    short = short_labels(names)
+    order = list(slots)
+    names.sort(key=lambda n: order.index(n.partition(":")[0]))  # stable: keeps variants
+    out = {}
+    for name in names:
+        base = name.partition(":")[0]
+        variants = [n for n in names if n.partition(":")[0] == base]
+        i = variants.index(name)
+        # From a dark shade to a light one; a single variant has the pure color.
+        shift = 0.0 if len(variants) == 1 else -0.45 + 0.85 * i / (len(variants) - 1)
+        target = 0.0 if shift < 0.0 else 1.0
+        r, g, b = (c + abs(shift) * (target - c) for c in palette[slots[base]])
+        out[name] = Look(short[name], (r, g, b), _STYLES[i % len(_STYLES)])
+    return out
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Apply the style inside a ``with`` block and leave no trace behind."""
+    import matplotlib as mpl
+    import seaborn as sns
+
+    small = ("xtick.labelsize", "ytick.labelsize", "font.size", "legend.fontsize")
+    text: dict[str, Any] = dict.fromkeys(small, _SMALL)
+    text |= {"axes.labelsize": 8.0, "axes.titlesize": 8.0}
+    lines: dict[str, Any] = {
+        "axes.linewidth": 0.7,
+        "grid.linewidth": 0.5,
+        "grid.color": "0.9",
+        "axes.edgecolor": "0.35",
+        "legend.frameon": False,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "sdebench",
+        "pdf.fonttype": 42,
+    }
+    base: dict[str, Any] = sns.axes_style("whitegrid") | sns.plotting_context("paper")
+    settings: Any = {**base, **text, **lines}
+    with mpl.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure that pyplot does not know: nothing to close, nothing global."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06)  # type: ignore[union-attr, call-arg]
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def settle(figure: Figure) -> None:
+    """Lay the figure out once and keep the result for every later drawing."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def finish_axes(axes: Axes, *, grid: str = "both") -> None:
+    """Fix ticks and grid on the axes themselves, so that later drawing keeps them."""
+    axes.tick_params(labelsize=_SMALL, length=2.5, width=0.6, color="0.35", pad=2)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(visible=False, which="both")
+    axes.grid(visible=True, axis=grid, which="major", color="0.9", linewidth=0.5)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def key(**looks_of_line: Any) -> Any:
+    """Return a handle for the legend, drawn like a line of a figure."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **looks_of_line)
+
+
+def draw_legend(
+    figure: Figure,
+    drawn: dict[str, Look],
+    cells: list[Cell],
+    columns: int,
+    kind: str,
+    extra: Sequence[tuple[Any, str]] = (),
+) -> None:
+    """Draw the legend above the axes: estimators by estimand, families, ``extra``.
+
+    ``kind`` is ``"bar"`` for dot plots, ``"line"`` for curves, ``"marker"`` for curves
+    where log-normalizers are single markers.
+    """
+    found = estimands(cells)
+    entries: list[tuple[Any, str]] = []
+    for estimand in found:
+        names = {c["estimator"] for c in cells if c["estimand"] == estimand}
+        # Errors of different estimands do not compare: say so where there are several.
+        what = _ESTIMAND_TEXT.get(estimand, estimand) if len(found) > 1 else ""
+        for name, look in drawn.items():
+            if name not in names:
+                continue
+            if kind == "bar":
+                handle = key(color=look.color, lw=2.6)
+            elif kind == "marker" and estimand == "log_normalizer":
+                handle = key(color=look.color, ls="", marker="o", ms=4, mew=0.0)
+            else:
+                handle = key(color=look.color, ls=look.line, lw=1.3)
+            entries.append((handle, f"{look.label} ({what})" if what else look.label))
+    families = dict(family(c["problem"]) for c in cells)
+    for name, marker in families.items() if len(families) > 1 else ():
+        entries.append((key(color="0.35", ls="", marker=marker, ms=4), name))
+    entries += extra
+    figure.legend(
+        [handle for handle, _ in entries],
+        [text for _, text in entries],
+        ncols=columns,
+        loc="outside upper center",
+        handlelength=2.2,
+        columnspacing=1.4,
+        labelspacing=0.35,
+        borderaxespad=0.3,
+    )

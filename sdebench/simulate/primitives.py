@@ -1,0 +1,139 @@
+"""What an estimator's kernel may ask of a process, whatever its family.
+
+The functions below have no body: inside a numba kernel the type of ``prepared`` selects
+the implementation of `linear` or `mixture` at compile time, so that each estimator is
+written once.  ``prepared`` comes from `prepare`, ``work`` from `workspace`.
+
+A block is B paths, a multiple of 16; every buffer is (rows, B + PADDING), C-contiguous,
+one column per path, of the dtype of ``prepared``.  The columns from B on are scratch.
+``n`` is the step.  Outputs must not be inputs unless said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba.extending import overload
+from numpy.typing import DTypeLike
+
+from sdebench.simulate import linear, mixture
+from sdebench.simulate.jit import OPTIONS
+from sdebench.simulate.linear import LinearWork, PreparedLinear
+from sdebench.simulate.mixture import MixtureWork, PreparedMixture
+from sdebench.simulate.tables import LinearTables, Tables
+
+Prepared = PreparedLinear | PreparedMixture
+Work = LinearWork | MixtureWork
+
+
+def prepare(tables: Tables, dtype: DTypeLike) -> Prepared:
+    """Return the tables as the kernels want them.
+
+    Parameters
+    ----------
+    tables : LinearTables or MixtureTables
+    dtype : float64 or float32
+        Precision of the whole simulation.
+    """
+    if isinstance(tables, LinearTables):
+        return linear.prepare_linear(tables, dtype)
+    return mixture.prepare_mixture(tables, dtype)
+
+
+def workspace(prepared: Prepared, block: int) -> Work:
+    """Allocate the scratch of one thread for blocks of ``block`` paths."""
+    if isinstance(prepared, PreparedLinear):
+        return linear.work_linear(prepared, block)
+    return mixture.work_mixture(prepared, block)
+
+
+def primitive(stub: Callable[..., Any]) -> Callable[..., Any]:
+    """Register the two families' functions of the same name for kernels."""
+    families = {
+        PreparedLinear: getattr(linear, stub.__name__).py_func,
+        PreparedMixture: getattr(mixture, stub.__name__).py_func,
+    }
+
+    # numba would compare argument names of this function with the implementation's
+    @overload(stub, jit_options=OPTIONS, strict=False)
+    def choose(prepared, *args):  # type: ignore[no-untyped-def]
+        return families.get(getattr(prepared, "instance_class", None))
+
+    return stub
+
+
+@primitive
+def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyped-def]
+    """X = states at t0 of paths p0, p0 + 1, ..."""
+
+
+@primitive
+def evaluate(prepared, work, n, X, W, B):  # type: ignore[no-untyped-def]
+    """W = control w_n(x); keeps in ``work`` what `step` and the products need."""
+
+
+@primitive
+def refresh(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
+    """Bring ``work`` to (n, X) without the control: before any product below."""
+
+
+@primitive
+def refresh_control(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
+    """Like `refresh`, but only for `control_parameter_vjp`."""
+
+
+@primitive
+def step(prepared, work, n, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-def]
+    """Y = base mean(x) + G (w + z), after `evaluate`.
+
+    Adds |w|^2 to row 0 and w . z to row 2 of ``totals``.
+    """
+
+
+@primitive
+def noise_transpose(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = G_n^T V."""
+
+
+@primitive
+def base_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = (d base mean / dx)^T V."""
+
+
+@primitive
+def control_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT += (dw/dx)^T V."""
+
+
+@primitive
+def control_parameter_vjp(prepared, work, n, X, V, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + p] += (dw/dtheta_p)^T V for all parameters p."""
+
+
+@primitive
+def adjoint(prepared, work, n, X, A, V, NEXT, OUT, B):  # type: ignore[no-untyped-def]
+    """NEXT = (d base mean / dx)^T A + (dw/dx)^T V; OUT[p] += (dw/dtheta_p)^T V.
+
+    The three products at once: they share work.
+    """
+
+
+@primitive
+def running_cost(prepared, work, n, X, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row] += running cost of step n."""
+
+
+@primitive
+def running_cost_gradient(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT += gradient of the running cost of step n."""
+
+
+@primitive
+def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row] = r(x)."""
+
+
+@primitive
+def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = gradient of r(x)."""

@@ -1,0 +1,82 @@
+"""Coefficient tables: all that a simulation backend needs to know of a problem.
+
+A problem fills one of two tables on a time grid of ``n_steps`` steps; the numba
+kernels and the torch functions evaluate the same table.  One step of either family
+is written with the control in **noise units**, w, the shift of the standard normal z:
+
+    X_{n+1} = base mean(X_n) + G_n (w_n(X_n) + z_n),      z_n ~ N(0, I)
+
+so that, whatever the scheme, the path's control cost is sum 1/2 |w_n|^2 (the
+relative entropy of the transition), its likelihood ratio against the base chain is
+exp(sum w_n . z_n + 1/2 |w_n|^2), and the score of the policy is
+sum (dw_n/dtheta)^T z_n.  For Euler-Maruyama w = sqrt(h) u.
+
+All arrays are C-contiguous and float64; backends cast them.  N = n_steps, d = dim,
+P = n_params.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class LinearTables(NamedTuple):
+    """Linear base, linear feedback, quadratic costs (class L).
+
+    base mean(x) = M_n x + c_n;   w_n(x) = K_n x + k_n;
+    running cost of step n: 1/2 x^T F_n x (the step length is inside F_n);
+    reward r(x) = -1/2 x^T Q x + q^T x + r0;   X_0 = m_0 + L_0 z.
+
+    The control is linear in theta and factorised over S spatial maps:
+    dw_n/dtheta_p (x) = sum_s basis[p, s, n] (E_{s,n} x + e_{s,n}).
+    """
+
+    transition: Array  # (N, d, d)  M_n
+    offset: Array  # (N, d)     c_n
+    noise: Array  # (N, d, d)  G_n
+    gain: Array  # (N, d, d)  K_n
+    bias: Array  # (N, d)     k_n
+    feature_gain: Array  # (S, N, d, d) E_{s,n}
+    feature_bias: Array  # (S, N, d)    e_{s,n}
+    basis: Array  # (P, S, N)
+    running: Array  # (N, d, d) F_n, symmetric
+    reward_quadratic: Array  # (d, d) Q, symmetric
+    reward_linear: Array  # (d,)   q
+    reward_constant: Array  # (1,)   r0
+    start_mean: Array  # (d,)   m_0
+    start_factor: Array  # (d, d) L_0; zero for a fixed start
+
+
+class MixtureTables(NamedTuple):
+    """Linear plus mixture-score base, tilted-mixture control (classes G and F).
+
+    Every function is the gradient or value of log-sum-exp of K diagonal quadratics
+    l_k(x) = sum_j lin_kj x_j + quad_kj x_j^2 + const_k, stored as one row
+    ``[lin (d), quad (d), const]``; s_i = grad log sum_k exp l_ik.
+
+    base mean(x) = a_n * x + c_n + b_n s_0(x);   w_n(x) = e_n (s_1(x) - s_0(x));
+    G_n = g_n I;   no running cost;   reward r(x) = log sum_k exp l_k(x).
+    s_0 = 0 when the base is Gaussian (K0 = 0: the score is inside a_n, c_n).
+    ``tilted_derivative[p]`` is the derivative of ``tilted`` with respect to theta_p.
+    X_0 ~ sum_k weight_k N(start_mean_k, diag(start_scale_k^2)).
+    """
+
+    scale: Array  # (N, d)  a_n
+    offset: Array  # (N, d)  c_n
+    base_gain: Array  # (N,)    b_n
+    noise: Array  # (N,)    g_n
+    control_gain: Array  # (N,)    e_n
+    base: Array  # (N, K0, 2d + 1)
+    tilted: Array  # (N, K1, 2d + 1)
+    tilted_derivative: Array  # (P, N, K1, 2d + 1)
+    reward: Array  # (Kr, 2d + 1)
+    start_cumulative: Array  # (Ks,)   cumulative weights, last entry 1
+    start_mean: Array  # (Ks, d)
+    start_scale: Array  # (Ks, d)
+
+
+Tables = LinearTables | MixtureTables

@@ -1,0 +1,223 @@
+"""The process families as batched torch functions over the coefficient tables.
+
+States are (n_paths, dim).  Every method is the torch twin of a numba primitive on the
+same table; with the same noise both agree path by path to rounding.  All are
+differentiable torch operations, so autograd through x works as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdebench.simulate.tables import LinearTables, MixtureTables, Tables
+
+
+class TorchFamily(Protocol):
+    """One step of a process family, n the step index; vjp means J^T v."""
+
+    n_steps: int
+    n_params: int
+    dim: int
+
+    def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
+        """Return X_0 (n, d) from normals (n, d) and uniforms (n,)."""
+
+    def control(self, n: int, x: Tensor) -> Tensor:
+        """Return w_n(x) (n, d), the control in noise units."""
+
+    def base_mean(self, n: int, x: Tensor) -> Tensor:
+        """Return the mean of the base transition from x."""
+
+    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+        """Return G_n v."""
+
+    def noise_transpose(self, n: int, v: Tensor) -> Tensor:
+        """Return G_n^T v."""
+
+    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        """Return (d base mean / dx)^T v."""
+
+    def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        """Return (dw_n / dx)^T v."""
+
+    def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        """Return (dw_n / dtheta)^T v, (n, P)."""
+
+    def running_cost(self, n: int, x: Tensor) -> Tensor:
+        """Return the running cost of step n, (n,)."""
+
+    def running_cost_gradient(self, n: int, x: Tensor) -> Tensor:
+        """Return its gradient in x."""
+
+    def reward(self, x: Tensor) -> Tensor:
+        """Return r(x), (n,)."""
+
+    def reward_gradient(self, x: Tensor) -> Tensor:
+        """Return grad r(x)."""
+
+
+class TorchLinear:
+    """`LinearTables` in torch."""
+
+    def __init__(self, tables: LinearTables, dtype: torch.dtype, device: str) -> None:
+        self._t: Any = LinearTables(
+            *(torch.tensor(a, dtype=dtype, device=device) for a in tables)
+        )
+        self.n_steps, self.dim = tables.offset.shape
+        self.n_params = len(tables.basis)
+        self._has_running = bool(np.any(tables.running))
+
+    def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
+        return self._t.start_mean + normals @ self._t.start_factor.T
+
+    def control(self, n: int, x: Tensor) -> Tensor:
+        return self._t.bias[n] + x @ self._t.gain[n].T
+
+    def base_mean(self, n: int, x: Tensor) -> Tensor:
+        return self._t.offset[n] + x @ self._t.transition[n].T
+
+    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+        return v @ self._t.noise[n].T
+
+    def noise_transpose(self, n: int, v: Tensor) -> Tensor:
+        return v @ self._t.noise[n]
+
+    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        return v @ self._t.transition[n]
+
+    def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        return v @ self._t.gain[n]
+
+    def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        t = self._t
+        maps = torch.einsum("sij,bj->sbi", t.feature_gain[:, n], x)
+        maps = maps + t.feature_bias[:, n, None, :]
+        return torch.einsum("sbi,bi,ps->bp", maps, v, t.basis[:, :, n])
+
+    def running_cost(self, n: int, x: Tensor) -> Tensor:
+        if not self._has_running:
+            return x.new_zeros(len(x))
+        return 0.5 * ((x @ self._t.running[n]) * x).sum(1)
+
+    def running_cost_gradient(self, n: int, x: Tensor) -> Tensor:
+        if not self._has_running:
+            return torch.zeros_like(x)
+        return x @ self._t.running[n]
+
+    def reward(self, x: Tensor) -> Tensor:
+        quadratic = 0.5 * ((x @ self._t.reward_quadratic) * x).sum(1)
+        return self._t.reward_constant[0] + x @ self._t.reward_linear - quadratic
+
+    def reward_gradient(self, x: Tensor) -> Tensor:
+        return self._t.reward_linear - x @ self._t.reward_quadratic
+
+
+class _LogQuadratics:
+    """sum_k exp l_k at a batch of states: weights, slopes and their average."""
+
+    def __init__(self, rows: Tensor, x: Tensor) -> None:
+        dim = x.shape[1]
+        lin, quad = rows[:, :dim], rows[:, dim:-1]
+        self.values = x @ lin.T + (x * x) @ quad.T + rows[:, -1]
+        self.weights = torch.softmax(self.values, dim=1)
+        self.slopes = lin + 2.0 * quad * x[:, None, :]
+        self.score = (self.weights[:, :, None] * self.slopes).sum(1)
+        self._curvature = 2.0 * self.weights @ quad
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """Return (Hessian of the log) v; the Hessian is symmetric."""
+        along = (self.slopes * v[:, None, :]).sum(2)
+        centred = self.slopes - self.score[:, None, :]
+        spread = ((self.weights * along)[:, :, None] * centred).sum(1)
+        return spread + self._curvature * v
+
+
+class TorchMixture:
+    """`MixtureTables` in torch."""
+
+    def __init__(self, tables: MixtureTables, dtype: torch.dtype, device: str) -> None:
+        self._t: Any = MixtureTables(
+            *(torch.tensor(a, dtype=dtype, device=device) for a in tables)
+        )
+        self.n_steps, self.dim = tables.offset.shape
+        self.n_params = len(tables.tilted_derivative)
+        self._has_base = tables.base.shape[1] > 0
+
+    def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
+        t = self._t
+        index = torch.searchsorted(t.start_cumulative, uniforms, right=True)
+        index = index.clamp(max=len(t.start_cumulative) - 1)
+        return t.start_mean[index] + t.start_scale[index] * normals
+
+    def control(self, n: int, x: Tensor) -> Tensor:
+        score = _LogQuadratics(self._t.tilted[n], x).score
+        if self._has_base:
+            score = score - _LogQuadratics(self._t.base[n], x).score
+        return self._t.control_gain[n] * score
+
+    def base_mean(self, n: int, x: Tensor) -> Tensor:
+        mean = self._t.scale[n] * x + self._t.offset[n]
+        if self._has_base:
+            score = _LogQuadratics(self._t.base[n], x).score
+            mean = mean + self._t.base_gain[n] * score
+        return mean
+
+    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+        return self._t.noise[n] * v
+
+    noise_transpose = apply_noise
+
+    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        result = self._t.scale[n] * v
+        if self._has_base:
+            product = _LogQuadratics(self._t.base[n], x).hessian_product(v)
+            result = result + self._t.base_gain[n] * product
+        return result
+
+    def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        product = _LogQuadratics(self._t.tilted[n], x).hessian_product(v)
+        if self._has_base:
+            base = _LogQuadratics(self._t.base[n], x).hessian_product(v)
+            product = product - base
+        return self._t.control_gain[n] * product
+
+    def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        tilted = _LogQuadratics(self._t.tilted[n], x)
+        rows = self._t.tilted_derivative[:, n]  # (P, K, 2d + 1)
+        lin, quad, const = rows[..., : self.dim], rows[..., self.dim : -1], rows[..., -1]
+        values = (
+            torch.einsum("bj,pkj->bpk", x, lin)
+            + torch.einsum("bj,pkj->bpk", x * x, quad)
+            + const
+        )
+        weights = tilted.weights[:, None, :]
+        centred = values - (weights * values).sum(2, keepdim=True)
+        along = (tilted.slopes * v[:, None, :]).sum(2)[:, None, :]
+        direct = torch.einsum("bj,pkj->bpk", v, lin) + 2.0 * torch.einsum(
+            "bj,pkj->bpk", v * x, quad
+        )
+        return self._t.control_gain[n] * (weights * (centred * along + direct)).sum(2)
+
+    def running_cost(self, n: int, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x))
+
+    def running_cost_gradient(self, n: int, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    def reward(self, x: Tensor) -> Tensor:
+        return torch.logsumexp(_LogQuadratics(self._t.reward, x).values, dim=1)
+
+    def reward_gradient(self, x: Tensor) -> Tensor:
+        return _LogQuadratics(self._t.reward, x).score
+
+
+def torch_family(tables: Tables, dtype: str, device: str) -> TorchFamily:
+    """Return the torch functions of a table, in "float64" or "float32"."""
+    torch_dtype = getattr(torch, dtype)
+    if isinstance(tables, LinearTables):
+        return TorchLinear(tables, torch_dtype, device)
+    return TorchMixture(tables, torch_dtype, device)

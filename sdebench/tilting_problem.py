@@ -1,0 +1,257 @@
+"""Problems with a mixture base or target and the tilting family as control family."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdebench.closed_form import log_quadratics as lq
+from sdebench.closed_form.tilting import TiltingFamily
+from sdebench.errors import NotExactError
+from sdebench.problem import (
+    Array,
+    Problem,
+    Truth,
+    as_states,
+    as_time,
+    check_scheme,
+)
+from sdebench.simulate.tables import MixtureTables
+
+if TYPE_CHECKING:
+    from sdebench.closed_form.affine_chain import AffineChain
+    from sdebench.closed_form.gaussian_mixture import GaussianMixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiltingProblem(Problem):
+    """A problem given by a `TiltingFamily` (classes G and F)."""
+
+    @abstractmethod
+    def build(self) -> TiltingFamily:
+        """Return the exact algebra for the current parameters."""
+
+    @cached_property
+    def family(self) -> TiltingFamily:
+        """The exact algebra, built once."""
+        return self.build()
+
+    def __post_init__(self) -> None:
+        # Build at once: a parameter out of range is refused where it is given.
+        self.family.tilt_rows(self.theta_star, self.time_span[0])
+
+    @property
+    def dim(self) -> int:
+        return self.family.base.dim
+
+    @property
+    def time_span(self) -> tuple[float, float]:
+        return self.family.base.start_time, self.family.base.horizon
+
+    @property
+    def theta_star(self) -> Array:
+        return self.family.theta_star
+
+    @cached_property
+    def truth(self) -> TiltingTruth:
+        return TiltingTruth(self)
+
+    def drift(self, x: Array, t: float) -> Array:
+        return self.family.base.drift(
+            as_states(x, self.dim), as_time(t, self.time_span)
+        )
+
+    def diffusion(self, t: float) -> Array:
+        sigma = self.family.base.sigma(as_time(t, self.time_span))
+        return sigma * np.eye(self.dim)
+
+    def running_cost(self, x: Array, t: float) -> Array:
+        return np.zeros(as_states(x, self.dim).shape[:-1])
+
+    def reward(self, x: Array) -> Array:
+        rows = self.family.reward_rows(self.theta_star)
+        return lq.log_value(rows, as_states(x, self.dim))
+
+    def tables(
+        self, theta: Array | None, times: Array, scheme: str = "euler_maruyama"
+    ) -> MixtureTables:
+        check_scheme(scheme)
+        family, base = self.family, self.family.base
+        parameters = self.theta_star if theta is None else np.asarray(theta, float)
+        steps = [base.step(s, t, scheme) for s, t in pairwise(times)]
+        rows = [family.tilt_rows(parameters, t) for t in times[:-1]]
+        control = np.array([step.control_gain for step in steps])
+        start = family.start
+        return MixtureTables(
+            scale=np.array([np.full(self.dim, step.scale) for step in steps]),
+            offset=np.array([step.offset for step in steps]),
+            base_gain=np.array([step.base_gain for step in steps]),
+            noise=np.array([step.noise for step in steps]),
+            control_gain=np.zeros_like(control) if theta is None else control,
+            base=np.array([row[0] for row in rows]),
+            tilted=np.array([row[1] for row in rows]),
+            tilted_derivative=np.array([row[2] for row in rows]).swapaxes(0, 1).copy(),
+            reward=family.reward_rows(self.theta_star),
+            start_cumulative=np.append(np.cumsum(start.weights)[:-1], 1.0),
+            start_mean=np.ascontiguousarray(start.means),
+            start_scale=np.ascontiguousarray(start.scales),
+        )
+
+
+def affine_chain(tables: MixtureTables) -> tuple[AffineChain, Any]:
+    """Return the chain of one-component tables and its (K, k, dK, dk).
+
+    The control gradient of log-quadratics with one component is affine, so the
+    discretized problem is linear-quadratic and exact.
+    """
+    from sdebench.closed_form.affine_chain import AffineChain
+
+    dim = tables.offset.shape[1]
+    eye = np.eye(dim)
+    lin, quad, _ = lq.split(tables.tilted[:, 0])
+    dlin, dquad, _ = lq.split(tables.tilted_derivative[:, :, 0])
+    gain = tables.control_gain[:, None]
+    reward_lin, reward_quad, reward_const = lq.split(tables.reward[0])
+    chain = AffineChain(
+        transition=tables.scale[:, :, None] * eye,
+        offset=tables.offset,
+        noise=tables.noise[:, None, None] * eye,
+        running=np.zeros((len(lin), dim, dim)),
+        reward_quadratic=np.diag(-2.0 * reward_quad),
+        reward_linear=reward_lin,
+        reward_constant=float(reward_const),
+        start_mean=tables.start_mean[0],
+        start_covariance=np.diag(tables.start_scale[0] ** 2),
+    )
+    return chain, (
+        (2.0 * gain * quad)[:, :, None] * eye,
+        gain * lin,
+        (2.0 * gain * dquad)[..., None] * eye,
+        gain * dlin,
+    )
+
+
+class TiltingTruth(Truth):
+    """Exact answers of a `TiltingProblem`."""
+
+    def __init__(self, problem: TiltingProblem) -> None:
+        self._problem = problem
+        self._family = problem.family
+
+    def _at(self, x: Array, t: float) -> tuple[Array, float]:
+        problem = self._problem
+        return as_states(x, problem.dim), as_time(t, problem.time_span)
+
+    def control(self, x: Array, t: float) -> Array:
+        return self._family.control(*self._at(x, t), self._family.theta_star)
+
+    def value(self, x: Array, t: float) -> Array:
+        return -self._family.log_h(*self._at(x, t), self._family.theta_star)
+
+    def policy(self, x: Array, t: float, theta: Any) -> Array:
+        """Return the control u_theta(x, t), shape of x (..., d)."""
+        return self._family.control(*self._at(x, t), self._problem.theta(theta))
+
+    def _chain(self, theta: Any, n_steps: Any) -> tuple[AffineChain, Any]:
+        if not self._family.affine:
+            raise NotExactError(
+                "the discretized objective is exact on linear-quadratic and Gaussian "
+                "problems only: the Euler-Maruyama chain of a mixture has no closed law"
+            )
+        problem = self._problem
+        times = problem.time_grid(n_steps)
+        return affine_chain(problem.tables(problem.theta(theta), times))
+
+    def log_normalizer(self, n_steps: int | None = None) -> float:
+        if n_steps is not None:
+            chain, _ = self._chain(self._family.theta_star, n_steps)
+            return chain.log_normalizer()
+        return self._family.log_normalizer()[0]
+
+    def objective(self, theta: Any, n_steps: int | None = None) -> float:
+        if n_steps is not None:
+            chain, (gain, bias, _, _) = self._chain(theta, n_steps)
+            return chain.objective(gain, bias)
+        return self._family.objective_and_gradient(self._problem.theta(theta))[0]
+
+    def gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+        if n_steps is not None:
+            chain, coefficients = self._chain(theta, n_steps)
+            return chain.gradient(*coefficients)
+        return self._family.objective_and_gradient(self._problem.theta(theta))[1]
+
+    def matching_gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+        if n_steps is not None:
+            chain, coefficients = self._chain(theta, n_steps)
+            return chain.matching_gradient(*coefficients)
+        return self._family.matching_gradient(self._problem.theta(theta))[0]
+
+    def optimal_cost(self, n_steps: int | None = None) -> float:
+        if n_steps is not None:
+            chain, _ = self._chain(self._family.theta_star, n_steps)
+            return chain.optimal_cost()
+        return self.objective("optimum")
+
+    def initial_value_bias(self) -> float:
+        """Return log Z minus its value for an independent start and end.
+
+        Zero exactly when the base is memoryless or starts at a point; its size says
+        how far the law of X_T under u* is from the tilted law (maths.md, section 1).
+        """
+        return self.log_normalizer() - self._family.memoryless_log_normalizer()
+
+    def _mixture(
+        self, weights: Array, means: Array, variances: Array
+    ) -> GaussianMixture:
+        from sdebench.closed_form.gaussian_mixture import GaussianMixture
+
+        if not np.all(variances > 0):
+            raise NotExactError("X_0 is a point: it has no density")
+        # Components whose weight underflows cannot matter.
+        kept = weights > 0
+        return GaussianMixture(np.log(weights[kept]), means[kept], variances[kept])
+
+    def base_marginal(self, t: float) -> GaussianMixture:
+        return self._mixture(*self._family.marginal(t, None)[:3])
+
+    def tilted_marginal(self, t: float) -> GaussianMixture:
+        return self._mixture(*self._family.marginal(t, self._family.theta_star)[:3])
+
+    def policy_marginal(self, t: float, theta: Any) -> GaussianMixture:
+        """Return the law of X_t under the control u_theta."""
+        return self._mixture(*self._family.marginal(t, self._problem.theta(theta))[:3])
+
+    def ideal_law(self) -> GaussianMixture:
+        """Return the tilted base law p_T e^r / Z, the goal of fine-tuning."""
+        return self._mixture(*self._family.ideal_law(self._family.theta_star))
+
+    def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
+        chain, _ = self._chain(self._family.theta_star, n_steps)
+        gain, bias = chain.optimal_feedback()
+        times = self._problem.time_grid(n_steps)
+        root = np.sqrt(times[step + 1] - times[step])
+        return (as_states(x, self._problem.dim) @ gain[step].T + bias[step]) / root
+
+    def control_error(self, theta: Any, n_steps: int | None = None) -> float:
+        if n_steps is None:
+            return super().control_error(theta)
+        chain, (gain, bias, _, _) = self._chain(theta, n_steps)
+        return float(
+            np.sqrt(chain.control_distance(gain, bias, *chain.optimal_feedback()))
+        )
+
+    def error_bound(self, quantity: str, theta: Any = None) -> float:
+        family = self._family
+        if quantity == "log_normalizer":
+            return family.log_normalizer()[1]
+        theta = self._problem.theta("optimum" if theta is None else theta)
+        if quantity == "matching_gradient":
+            return family.matching_gradient(theta)[1]
+        if quantity in ("objective", "gradient"):
+            return family.objective_and_gradient(theta)[2]
+        return 0.0

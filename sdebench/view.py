@@ -1,0 +1,241 @@
+"""The view: all that a torch estimator sees of a problem, and it counts every call.
+
+A view holds coefficient tables at one theta and the addresses of one block of noise.
+It has no reference to the problem, so the truth cannot be reached from it.  States are
+(n_paths, dim); controls are in noise units (w = sqrt(h) u for Euler-Maruyama, see
+`sdebench.simulate.tables`), so that one step is
+
+    X_{n+1} = base_mean(n, X_n) + apply_noise(n, w_n + z_n).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdebench.simulate.tables import Tables
+    from sdebench.simulate.torch_family import TorchFamily
+
+COUNTERS = (
+    "drift_evaluations",
+    "vjp_evaluations",
+    "control_evaluations",
+    "reward_evaluations",
+    "reward_gradient_evaluations",
+    "noise_draws",
+)
+
+
+@dataclass
+class Rollout:
+    """Forward paths of one block under the view's control.
+
+    states, noises, controls : lists over steps of (n_paths, dim); one state more.
+    control_cost : sum 1/2 |w_n|^2, (n_paths,).
+    running_cost : sum of the running cost, (n_paths,).
+    martingale : sum w_n . z_n, (n_paths,).
+    reward : r(X_N), (n_paths,).
+    """
+
+    states: list[Tensor] = field(default_factory=list)
+    noises: list[Tensor] = field(default_factory=list)
+    controls: list[Tensor] = field(default_factory=list)
+    control_cost: Tensor = None  # type: ignore[assignment]
+    running_cost: Tensor = None  # type: ignore[assignment]
+    martingale: Tensor = None  # type: ignore[assignment]
+    reward: Tensor = None  # type: ignore[assignment]
+
+    @property
+    def cost(self) -> Tensor:
+        """Cost of each path: control and running cost minus reward, (n_paths,)."""
+        return self.control_cost + self.running_cost - self.reward
+
+    @property
+    def log_weight(self) -> Tensor:
+        """Log of e^{r - sum f} times base over controlled path density, (n_paths,)."""
+        return self.reward - self.running_cost - self.martingale - self.control_cost
+
+
+class View:
+    """The instrumented window on a problem that an estimator gets.
+
+    Attributes
+    ----------
+    times : (n_steps + 1,) numpy array, the time grid.
+    n_steps, n_paths, dim, n_params : sizes.
+    theta : (n_params,) numpy array, the control parameters (None: no control).
+    dtype, device : of every tensor.
+    counts : evaluations so far, each in units of one path.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        times: np.ndarray,
+        theta: np.ndarray | None,
+        *,
+        key: tuple[int, int],
+        replicate: int,
+        first_path: int,
+        n_paths: int,
+        dtype: str = "float64",
+        device: str = "cpu",
+        family: TorchFamily | None = None,
+    ) -> None:
+        import torch
+
+        from sdebench.simulate.torch_family import torch_family
+
+        self._family = family or torch_family(tables, dtype, device)
+        self._address = (key, replicate, first_path, n_paths)
+        self._rollout: tuple[Rollout, dict[str, int]] | None = None
+        self.times = np.array(times)
+        self.theta = None if theta is None else np.array(theta)
+        self.n_steps, self.dim = self._family.n_steps, self._family.dim
+        self.n_params = self._family.n_params
+        self.n_paths = n_paths
+        self.dtype = getattr(torch, dtype)
+        self.device = device
+        self.counts = dict.fromkeys(COUNTERS, 0)
+
+    def _count(self, counter: str) -> None:
+        self.counts[counter] += self.n_paths
+
+    # ---- noise --------------------------------------------------------------------
+    def start(self) -> Tensor:
+        """Return X_0 (n_paths, dim)."""
+        from sdebench.simulate.noise_torch import (
+            torch_start_normals,
+            torch_start_uniforms,
+        )
+
+        key, replicate, first, count = self._address
+        where = (self.dtype, self.device)
+        normals = torch_start_normals(key, replicate, first, count, self.dim, *where)
+        uniforms = torch_start_uniforms(key, replicate, first, count, *where)
+        return self._family.start(normals, uniforms)
+
+    def noise(self, step: int) -> Tensor:
+        """Return the standard normals z (n_paths, dim) of a step."""
+        from sdebench.simulate.noise_torch import torch_step_normals
+
+        self._count("noise_draws")
+        key, replicate, first, count = self._address
+        return torch_step_normals(
+            key, replicate, first, count, step, self.dim, self.dtype, self.device
+        )
+
+    # ---- the process ----------------------------------------------------------------
+    def base_mean(self, step: int, x: Tensor) -> Tensor:
+        """Return the mean of the base transition from x (n_paths, dim)."""
+        self._count("drift_evaluations")
+        return self._family.base_mean(step, x)
+
+    def control(self, step: int, x: Tensor) -> Tensor:
+        """Return the control w_n(x) in noise units (n_paths, dim)."""
+        self._count("control_evaluations")
+        return self._family.control(step, x)
+
+    def apply_noise(self, step: int, v: Tensor) -> Tensor:
+        """Return G_n v."""
+        return self._family.apply_noise(step, v)
+
+    def noise_transpose(self, step: int, v: Tensor) -> Tensor:
+        """Return G_n^T v."""
+        return self._family.noise_transpose(step, v)
+
+    def base_vjp(self, step: int, x: Tensor, v: Tensor) -> Tensor:
+        """Return (d base_mean / dx)^T v."""
+        self._count("vjp_evaluations")
+        return self._family.base_vjp(step, x, v)
+
+    def control_vjp(self, step: int, x: Tensor, v: Tensor) -> Tensor:
+        """Return (d control / dx)^T v."""
+        self._count("vjp_evaluations")
+        return self._family.control_vjp(step, x, v)
+
+    def control_parameter_vjp(self, step: int, x: Tensor, v: Tensor) -> Tensor:
+        """Return (d control / d theta)^T v, (n_paths, n_params)."""
+        self._count("vjp_evaluations")
+        return self._family.control_parameter_vjp(step, x, v)
+
+    # ---- costs ----------------------------------------------------------------------
+    def running_cost(self, step: int, x: Tensor) -> Tensor:
+        """Return the running cost of a step, its length included, (n_paths,)."""
+        return self._family.running_cost(step, x)
+
+    def running_cost_gradient(self, step: int, x: Tensor) -> Tensor:
+        """Return the gradient of the running cost of a step, (n_paths, dim)."""
+        return self._family.running_cost_gradient(step, x)
+
+    def reward(self, x: Tensor) -> Tensor:
+        """Return r(x), (n_paths,)."""
+        self._count("reward_evaluations")
+        return self._family.reward(x)
+
+    def reward_gradient(self, x: Tensor) -> Tensor:
+        """Return grad r(x), (n_paths, dim)."""
+        self._count("reward_gradient_evaluations")
+        return self._family.reward_gradient(x)
+
+    # ---- forward paths ---------------------------------------------------------------
+    def rollout(self) -> Rollout:
+        """Return the forward paths under the control; simulated once per block.
+
+        Do not write into its tensors: estimators measured together share them.
+        """
+        if self._rollout is None:
+            before = dict(self.counts)
+            rollout = self._simulate()
+            spent = {name: self.counts[name] - before[name] for name in COUNTERS}
+            self._rollout = rollout, spent
+        return self._rollout[0]
+
+    def _simulate(self) -> Rollout:
+        rollout = Rollout()
+        x = self.start()
+        rollout.states.append(x)
+        running = energy = martingale = x.new_zeros(self.n_paths)
+        for n in range(self.n_steps):
+            w, z = self.control(n, x), self.noise(n)
+            running = running + self.running_cost(n, x)
+            energy = energy + (w * w).sum(1)
+            martingale = martingale + (w * z).sum(1)
+            x = self.base_mean(n, x) + self.apply_noise(n, w + z)
+            rollout.states.append(x)
+            rollout.noises.append(z)
+            rollout.controls.append(w)
+        rollout.running_cost = running
+        rollout.control_cost = 0.5 * energy
+        rollout.martingale = martingale
+        rollout.reward = self.reward(x)
+        return rollout
+
+    def share(self) -> View:
+        """Return a view of the same block that shares the forward paths.
+
+        Its counts start at zero and are charged the whole rollout when it asks for
+        it: an estimator's cost does not depend on its neighbours.
+        """
+        self.rollout()
+        other = object.__new__(View)
+        other.__dict__.update(self.__dict__)
+        other.counts = dict.fromkeys(COUNTERS, 0)
+        other._rollout = None
+        shared = self._rollout
+
+        def rollout() -> Rollout:
+            assert shared is not None
+            if other._rollout is None:
+                other._rollout = shared
+                for name, value in shared[1].items():
+                    other.counts[name] += value
+            return shared[0]
+
+        other.rollout = rollout  # type: ignore[method-assign]
+        return other
