@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdebench.errors import unknown
 from sdebench.estimator import Estimator
-from sdebench.simulate.jit import kernel
-from sdebench.simulate.tile import lanes, load, store
+from sdebench.simulate.tile import lanes, load, path_kernel, store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from sdebench.view import View
 
 
-@kernel
+@path_kernel
 def block_kernel(
     prepared: Any, work: Any, X: Any, Z: Any, W: Any, totals: Any, B: int, OUT: Any
 ) -> None:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdebench.estimator import Estimator
 from sdebench.simulate import primitives
-from sdebench.simulate.jit import kernel
-from sdebench.simulate.tile import clear, combine
+from sdebench.simulate.tile import clear, combine, path_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from sdebench.view import View
 
 
-@kernel
+@path_kernel
 def block_kernel(
     prepared: Any, work: Any, X: Any, Z: Any, W: Any, totals: Any, B: int, OUT: Any
 ) -> None:

@@ -31,8 +31,7 @@ import torch
 from sdebench.errors import unknown
 from sdebench.estimator import Array, Estimator
 from sdebench.simulate import primitives
-from sdebench.simulate.jit import inner, kernel
-from sdebench.simulate.tile import clear, lanes, load, store
+from sdebench.simulate.tile import block_loop, clear, lanes, load, path_kernel, store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from sdebench.view import View
 
 
-@inner
+@block_loop
 def split_moments(OUT, P, B):  # type: ignore[no-untyped-def]
     """Expand the rows c S + D and S to those of mode 2."""
     for q in range(P):
@@ -59,7 +58,7 @@ def split_moments(OUT, P, B):  # type: ignore[no-untyped-def]
             OUT[7 * P + q, p] = zero if even else s * s
 
 
-@kernel
+@path_kernel
 def block_kernel(
     prepared: Any,
     work: Any,

@@ -6,15 +6,23 @@ numpy nor torch, numba, pandas or matplotlib.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from sdebench.console import (
+    Scaled,
+    Vector,
+    print_json,
+    print_one,
+    print_rows,
+    text_of,
+    write_text,
+)
 from sdebench.errors import NotExactError, ParameterError, SDEBenchError
 
 if TYPE_CHECKING:
@@ -25,20 +33,11 @@ EXIT_USER_ERROR = 2
 EXIT_FAILED_CELLS = 1
 
 
-def _remember_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.find_root().meta["debug"] = debug_wanted(context) or value
-
-
-def debug_wanted(context: click.Context) -> bool:
-    """Return whether tracebacks are wanted."""
-    return bool(context.find_root().meta.get("debug", False))
-
-
+# Taken anywhere on the line; `main` looks for it among the arguments.
 _debug = click.option(
     "--debug",
     is_flag=True,
     expose_value=False,
-    callback=_remember_debug,
     help="Show the traceback of an error.",
 )
 
@@ -53,172 +52,14 @@ def _output(command: Callable[..., Any]) -> Callable[..., Any]:
     return _debug(add_format(add_json(command)))
 
 
-# ---------------------------------------------------------------- printing
-
-
-def _jsonable(value: Any) -> Any:
-    """Return plain values; JSON has no NaN or infinity: null and their names."""
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_jsonable(v) for v in value]
-    if hasattr(value, "tolist"):
-        return _jsonable(value.tolist())
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None if value != value else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _print_json(value: Any) -> None:
-    """Print JSON; a number is the shortest text that reads back to the same bits."""
-    click.echo(
-        json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
-    )
-
-
-def _text(value: Any, digits: int = 6) -> str:
-    """Return a value for the eye."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.{digits}g}"
-    if hasattr(value, "tolist"):
-        return _text(value.tolist(), digits)
-    if isinstance(value, list | tuple):
-        text = ", ".join(_text(v, digits) for v in value)
-        return text if value and isinstance(value[0], str) else f"[{text}]"
-    if isinstance(value, set | frozenset):
-        return ", ".join(sorted(map(str, value)))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}={_text(v, digits)}" for k, v in value.items())
-    return str(value)
-
-
-def _print_rows(
-    rows: list[dict[str, Any]],
-    format: str | None,
-    digits: int = 6,
-    leave_out: Container[str] = (),
-) -> None:
-    """Print dictionaries with the same keys as a table.
-
-    Without a format it is for the eye: a terminal is narrow, ``leave_out`` is not
-    shown there.
-    """
-    if format == "json":
-        _print_json(rows)
-        return
-    texts = [{k: _text(v, digits) for k, v in row.items()} for row in rows]
-    if format is None:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        shown = [key for key in (rows[0] if rows else ()) if key not in leave_out]
-        for i, key in enumerate(shown):
-            table.add_column(key.replace("_", " "), overflow="fold", no_wrap=i == 0)
-        for row in texts:
-            table.add_row(*(row[key] for key in shown))
-        Console(markup=False, highlight=False).print(table)
-        return
-    import pandas as pd
-
-    exact = [{k: _text(v, 17) for k, v in row.items()} for row in rows]
-    if format == "csv":
-        click.echo(pd.DataFrame(exact).to_csv(index=False), nl=False)
-    elif format == "html":
-        click.echo(pd.DataFrame(texts).to_html(index=False))
-    elif format == "latex":
-        frame = pd.DataFrame(texts).style.format(escape="latex").hide(axis="index")
-        click.echo(frame.to_latex(hrules=True), nl=False)
-    else:
-        click.echo(pd.DataFrame(texts).to_markdown(index=False, disable_numparse=True))
-
-
-def _print_one(record: dict[str, Any], format: str | None) -> None:
-    """Print one record: its keys run downwards unless it is JSON."""
-    if format == "json":
-        _print_json(record)
-    else:
-        pairs = [{"name": k.replace("_", " "), "value": v} for k, v in record.items()]
-        _print_rows(pairs, format, digits=10)
-
-
-def _write(text: str, output: Path | None) -> None:
-    if output is None:
-        click.echo(text, nl=not text.endswith("\n"))
-        return
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text if text.endswith("\n") else f"{text}\n", "utf-8")
-    except OSError as error:
-        raise SDEBenchError(f"cannot write {output}: {error.strerror}") from error
-    click.echo(str(output), err=True)
-
-
-# ---------------------------------------------------------------- parameter types
-
-
-class _Vector(click.ParamType):
-    """Numbers as JSON, ``[0.1, 2]`` or ``0.1``; other text stays as it is."""
-
-    name = "JSON"
-
-    def __init__(self, names: bool = False) -> None:
-        self.names = names
-
-    def convert(
-        self,
-        value: Any,
-        param: click.Parameter | None,
-        ctx: click.Context | None,
-    ) -> Any:
-        try:
-            found = json.loads(value) if isinstance(value, str) else value
-        except json.JSONDecodeError:
-            if self.names and not value.lstrip().startswith(("[", "{")):
-                return value
-            self.fail(f"{value!r} is not JSON, e.g. [0.1, -2]", param, ctx)
-        if isinstance(found, int | float) and not isinstance(found, bool):
-            found = [found]
-        flat = found if isinstance(found, list) else [None]
-        numbers = (v for r in flat for v in (r if isinstance(r, list) else [r]))
-        if not all(type(v) in (int, float) for v in numbers):
-            self.fail(f"{value!r} is not a list of numbers", param, ctx)
-        return found
-
-
-class _Scaled(click.ParamType):
-    """A positive number with a unit: ``1%`` or ``60s``, ``2m``, ``1h``."""
-
-    def __init__(self, name: str, units: Mapping[str, float]) -> None:
-        self.name = name
-        self.units = units
-
-    def convert(
-        self,
-        value: Any,
-        param: click.Parameter | None,
-        ctx: click.Context | None,
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        text = str(value).strip()
-        unit = next((u for u in self.units if text.endswith(u)), "")
-        try:
-            number = float(text.removesuffix(unit)) * self.units.get(unit, 1.0)
-        except ValueError:
-            number = 0.0
-        if not 0.0 < number < float("inf"):
-            units = ", ".join(self.units)
-            self.fail(f"{value!r} is not a positive number, as is or in {units}")
-        return number
-
-
-_POINT = _Vector(names=True)
-_PERCENT = _Scaled("PERCENT", {"%": 0.01})
-_DURATION = _Scaled("DURATION", {"s": 1.0, "m": 60.0, "h": 3600.0})
+_HEADLINE = click.option(
+    "--headline",
+    is_flag=True,
+    help="Only the cells with every setting at its default, at halfway.",
+)
+_POINT = Vector(names=True)
+_PERCENT = Scaled("PERCENT", {"%": 0.01})
+_DURATION = Scaled("DURATION", {"s": 1.0, "m": 60.0, "h": 3600.0})
 _COUNT = click.IntRange(min=1)
 _SEED = click.IntRange(0, 2**64 - 1)
 _POINT_HELP = "zero, halfway, optimum, overshoot, or theta as JSON."
@@ -249,7 +90,7 @@ def problems(name: str | None, format: str | None) -> None:
 
     if name is None:
         every = [registry.problem(n) for n in registry.problem_names()]
-        _print_rows(
+        print_rows(
             [
                 {
                     "problem": p.name,
@@ -282,7 +123,7 @@ def problems(name: str | None, format: str | None) -> None:
     if format != "json":
         del record["variants"], record["points"]
         record |= {f"theta at {point}": theta for point, theta in p.points.items()}
-    _print_one(record, format)
+    print_one(record, format)
 
 
 @cli.command()
@@ -305,9 +146,9 @@ def estimators(name: str | None, format: str | None) -> None:
         }
         records.append(record if name is None else {**record, "options": e.options})
     if name is None:
-        _print_rows(records, format, leave_out=("unbiased", "needs", "source"))
+        print_rows(records, format, leave_out=("unbiased", "needs", "source"))
     else:
-        _print_one(records[0], format)
+        print_one(records[0], format)
 
 
 def _answers(
@@ -329,7 +170,7 @@ def _answers(
 @click.argument("problem")
 @click.option("--at", type=_POINT, default="halfway", help=_POINT_HELP)
 @click.option("--steps", type=_COUNT, help="Answers of the N-step discretization.")
-@click.option("--x", type=_Vector(), help="State as JSON: control and value there.")
+@click.option("--x", type=Vector(), help="State as JSON: control and value there.")
 @click.option("--t", type=float, help="Time of --x; default: the start.")
 @_output
 def truth(
@@ -342,7 +183,9 @@ def truth(
 ) -> None:
     """Print the exact answers of PROBLEM: log Z, objective, gradients, control.
 
-    JSON numbers read back to the same 64 bits.
+    The control errors are the distances (E int |u_theta - u|^2 dt)^(1/2) from the
+    optimum u* and from the optimum of the N-step chain.  JSON numbers read back to
+    the same 64 bits.
     """
     import numpy as np
 
@@ -365,6 +208,11 @@ def truth(
             "objective": lambda: float(exact.objective(theta, n_steps=steps)),
             "gradient": lambda: exact.gradient(theta, n_steps=steps),
             "matching_gradient": lambda: exact.matching_gradient(theta, n_steps=steps),
+            "optimal_cost": lambda: float(exact.optimal_cost(n_steps=steps)),
+            "control_error": lambda: float(exact.control_error(theta)),
+            "control_error_discrete": lambda: float(
+                exact.control_error(theta, n_steps=steps or p.default_steps)
+            ),
         }
     )
     bounds = {
@@ -378,14 +226,7 @@ def truth(
         )
     if x is not None:
         state = np.asarray(x, dtype=float)
-        if state.shape[-1:] != (p.dim,):
-            raise ParameterError(
-                f"--x {json.dumps(x)} does not fit {p.name}; give {p.dim} numbers"
-            )
-        start, end = p.time_span
-        time = start if t is None else t
-        if not start <= time <= end:
-            raise ParameterError(f"--t {time} is outside {start:g} … {end:g}")
+        time = p.time_span[0] if t is None else t
         here, why = _answers(
             {
                 "control": lambda: exact.control(state, time),
@@ -396,14 +237,14 @@ def truth(
         reasons |= why
     record |= found
     if format == "json":
-        _print_json(record | {"error_bound": bounds, "not_exact": reasons})
+        print_json(record | {"error_bound": bounds, "not_exact": reasons})
         return
     for name, bound in bounds.items():
         if bound:
             record[f"error bound of {name}"] = bound
     for name, reason in reasons.items():
         record[name] = f"not exact: {reason}"
-    _print_one(record, format)
+    print_one(record, format)
 
 
 @cli.command()
@@ -461,18 +302,20 @@ def measure(
     if terminal:
         click.echo("\r\x1b[K", nl=False, err=True)
     if format == "json":
-        _print_json(found.row)
+        print_json(found.row)
     elif format is not None:
-        _print_rows([found.row], format)
+        print_rows([found.row], format)
     else:
         _print_measurement(found.row)
 
 
 def _between(row: Mapping[str, Any], name: str) -> str:
     """Return a number with its interval."""
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    text = _text(row.get(name), 4)
-    return text if low is None else f"{text}  [{_text(low, 4)}, {_text(high, 4)}]"
+    value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    text = "–" if value is None or value != value else text_of(value, 4)
+    if text == "–":
+        return text
+    return text if low is None else f"{text}  [{text_of(low, 4)}, {text_of(high, 4)}]"
 
 
 def _print_measurement(row: Mapping[str, Any]) -> None:
@@ -497,29 +340,43 @@ def _print_measurement(row: Mapping[str, Any]) -> None:
         "drift evaluations per path": row["drift_evaluations"],
         "seconds": row["seconds"],
     }
-    _print_one(facts, None)
+    print_one(facts, None, digits=4)
+    click.echo()
     heads = {"parameter_names": "parameter"}
     for name in ("truth", "mean", "std_error", "bias", "bias_low", "bias_high"):
         heads[name] = name.replace("_", " ")
     if all(row.get(name) is not None for name in heads):
         lines = zip(*(row[name] for name in heads), strict=True)
         table = [dict(zip(heads.values(), line, strict=True)) for line in lines]
-        _print_rows(table, None)
+        print_rows(table, None, digits=4)
 
 
-def _figures(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    from sdebench.report.plot import figures
+def _figures(
+    frame: pd.DataFrame, folder: Path, formats: tuple[str, ...] = ()
+) -> list[Path]:
+    from sdebench.report.plot import FORMATS, figures
 
-    return [Path(path) for path in figures(frame, folder)]
+    return [Path(path) for path in figures(frame, folder, formats or FORMATS)]
 
 
 def _print_table(
-    frame: pd.DataFrame, format: str | None, output: Path | None = None
+    frame: pd.DataFrame,
+    format: str | None,
+    output: Path | None = None,
+    columns: tuple[str, ...] | None = None,
 ) -> None:
     from sdebench.report.table import render
 
     kind = format or ("md" if output else "terminal")
-    _write(render(frame, kind), output)
+    write_text(render(frame, kind, columns), output)
+
+
+def _headline(frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...] | None]:
+    """Return the rows and columns of a first look, or everything if there are none."""
+    from sdebench.report.selection import HEADLINE_COLUMNS, headline
+
+    chosen = headline(frame)
+    return (chosen, HEADLINE_COLUMNS) if len(chosen) else (frame, None)
 
 
 @cli.command()
@@ -563,7 +420,16 @@ def run(
         progress=not quiet,
         resume=not fresh,
     )
-    _print_table(frame, format)
+    if format is None:
+        shown, columns = _headline(frame)
+        _print_table(shown, None, columns=columns)
+        if len(shown) < len(frame):
+            click.echo(
+                f"{len(shown)} of {len(frame)} cells: every setting at its default; "
+                f"all of them: sdebench table {folder / suite}"
+            )
+    else:
+        _print_table(frame, format)
     if plot and (frame["status"] == "ok").any():
         for path in _figures(frame, folder / suite / "figures"):
             click.echo(str(path), err=format is not None)
@@ -584,8 +450,11 @@ def run(
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="Write to a file."
 )
+@_HEADLINE
 @_output
-def table(folder: Path, output: Path | None, format: str | None) -> None:
+def table(
+    folder: Path, output: Path | None, headline: bool, format: str | None
+) -> None:
     """Print the table of the results in FOLDER."""
     from sdebench.store import load
 
@@ -598,7 +467,9 @@ def table(folder: Path, output: Path | None, format: str | None) -> None:
                 f"--output {output} does not tell the format; add --format "
                 f"{'|'.join(FORMATS)}"
             )
-    _print_table(load(folder), format, output)
+    frame = load(folder)
+    shown, columns = _headline(frame) if headline else (frame, None)
+    _print_table(shown, format, output, columns)
 
 
 @cli.command()
@@ -609,15 +480,31 @@ def table(folder: Path, output: Path | None, format: str | None) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the figures; default: FOLDER/figures.",
 )
+@_HEADLINE
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(("png", "svg", "pdf")),
+    help="File formats; default: all three.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the paths as JSON.")
 @_debug
-def plot(folder: Path, output: Path | None, as_json: bool) -> None:
+def plot(
+    folder: Path,
+    output: Path | None,
+    headline: bool,
+    formats: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Draw the figures of the results in FOLDER and print their paths."""
     from sdebench.store import load
 
-    paths = [str(p) for p in _figures(load(folder), output or folder / "figures")]
+    frame = load(folder)
+    shown = _headline(frame)[0] if headline else frame
+    paths = [str(p) for p in _figures(shown, output or folder / "figures", formats)]
     if as_json:
-        _print_json(paths)
+        print_json(paths)
     else:
         click.echo("\n".join(paths))
 

@@ -23,6 +23,7 @@ from numpy.polynomial import chebyshev
 
 from sdebench.closed_form.affine_chain import AffineChain
 from sdebench.closed_form.linear_quadratic import LinearQuadratic
+from sdebench.errors import NotExactError
 from sdebench.problem import (
     Array,
     Problem,
@@ -56,10 +57,13 @@ def _interpolate(values: Callable[[Array], Array], end: float) -> Callable[..., 
             break
         degree *= 2
 
+    orders = np.arange(degree + 1)
+
     def evaluate(t: float | Array) -> Array:
-        s = 2.0 * np.asarray(t, float) / end - 1.0
-        result = np.moveaxis(chebyshev.chebval(s, coefficients), 0, -1)
-        return np.asarray(result.reshape(np.shape(t) + shape))
+        s = np.clip(2.0 * np.asarray(t, float) / end - 1.0, -1.0, 1.0)
+        # T_k(s) = cos(k arccos s): one product instead of a recursion in k.
+        basis = np.cos(np.arccos(s)[..., None] * orders)
+        return np.asarray((basis @ coefficients).reshape(np.shape(t) + shape))
 
     return evaluate
 
@@ -80,6 +84,10 @@ class LinearProblem(Problem):
     def __post_init__(self) -> None:
         # Build at once: a parameter out of range is refused where it is given.
         self.model.riccati(0.0)
+
+    @property
+    def problem_class(self) -> str:
+        return "linear–quadratic"
 
     @property
     def dim(self) -> int:
@@ -266,6 +274,9 @@ class LinearTruth(Truth):
     def __init__(self, problem: LinearProblem) -> None:
         self._problem = problem
         self._model = problem.model
+        self._known: dict[float, tuple[Array, Array]] = {}
+        self._objectives: dict[bytes, Any] = {}
+        self._matchings: dict[bytes, Any] = {}
 
     def _at(self, x: Array, t: float) -> tuple[Array, float]:
         problem = self._problem
@@ -283,22 +294,32 @@ class LinearTruth(Truth):
         states, time = self._at(x, t)
         return states @ gain(time).T + bias(time)
 
+    def _feedback(self, t: float) -> tuple[Array, Array]:
+        """Return dK/dtheta (P, d, d) and dk/dtheta (P, d) at t, remembered."""
+        known = self._known
+        if t not in known:
+            if len(known) > 4096:
+                known.clear()
+            gains, biases = self._problem.feedback(np.array([t]))
+            known[t] = gains[:, 0], biases[:, 0]
+        return known[t]
+
+    def _dgain(self, t: float) -> Array:
+        return self._feedback(t)[0]
+
+    def _dbias(self, t: float) -> Array:
+        return self._feedback(t)[1]
+
     def _law(self, theta: Any) -> tuple[Callable[..., Array], Callable[..., Array]]:
         weights = self._problem.theta(theta)
 
         def gain(t: float) -> Array:
-            return np.einsum("p,pij->ij", weights, self._dgain(t))
+            return np.tensordot(weights, self._dgain(t), axes=1)
 
         def bias(t: float) -> Array:
-            return np.einsum("p,pi->i", weights, self._dbias(t))
+            return np.tensordot(weights, self._dbias(t), axes=1)
 
         return gain, bias
-
-    def _dgain(self, t: float) -> Array:
-        return self._problem.feedback(np.array([t]))[0][:, 0]
-
-    def _dbias(self, t: float) -> Array:
-        return self._problem.feedback(np.array([t]))[1][:, 0]
 
     def _chain(self, theta: Any, n_steps: Any) -> tuple[AffineChain, Any]:
         problem = self._problem
@@ -322,19 +343,19 @@ class LinearTruth(Truth):
 
     def _policy_objective(self, theta: Any) -> Any:
         key = self._problem.theta(theta).tobytes()
-        cache: dict[bytes, Any] = self.__dict__.setdefault("_objectives", {})
-        if key not in cache:
-            law = self._law(theta)
-            cache[key] = self._model.policy_objective(*law, self._dgain, self._dbias)
-        return cache[key]
+        if key not in self._objectives:
+            self._objectives[key] = self._model.policy_objective(
+                *self._law(theta), self._dgain, self._dbias
+            )
+        return self._objectives[key]
 
     def _policy_matching(self, theta: Any) -> Any:
         key = self._problem.theta(theta).tobytes()
-        cache: dict[bytes, Any] = self.__dict__.setdefault("_matchings", {})
-        if key not in cache:
-            law = self._law(theta)
-            cache[key] = self._model.matching_gradient(*law, self._dgain, self._dbias)
-        return cache[key]
+        if key not in self._matchings:
+            self._matchings[key] = self._model.matching_gradient(
+                *self._law(theta), self._dgain, self._dbias
+            )
+        return self._matchings[key]
 
     def objective(self, theta: Any, n_steps: int | None = None) -> float:
         if n_steps is not None:
@@ -357,6 +378,8 @@ class LinearTruth(Truth):
     def _law_of(self, mean: Array, covariance: Array) -> GaussianMixture:
         from sdebench.closed_form.gaussian_mixture import GaussianMixture
 
+        if not np.any(covariance):
+            raise NotExactError("X_0 is a point: it has no density")
         return GaussianMixture.normal(mean, covariance)
 
     def base_marginal(self, t: float) -> GaussianMixture:

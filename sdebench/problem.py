@@ -90,6 +90,11 @@ class Problem(ABC):
     # ---- what the estimators see --------------------------------------------------
     @property
     @abstractmethod
+    def problem_class(self) -> str:
+        """What kind of problem it is, in words: the marker in figures."""
+
+    @property
+    @abstractmethod
     def dim(self) -> int:
         """Dimension d of the state and of the noise."""
 

@@ -102,8 +102,9 @@ class Progress:
 
     def _line(self, seconds: float) -> str:
         failed = f", {self.counts['failed']} failed" if self.counts["failed"] else ""
-        left = seconds * (self.work - self.work_done) / max(self.work_done, 1)
-        return (
-            f"{self.finished}/{self.total} cells{failed}, {seconds:.0f} s, "
-            f"{left:.0f} s left"
-        )
+        line = f"{self.finished}/{self.total} cells{failed}, {seconds:.0f} s"
+        # The first cells compile kernels: they say nothing about the others.
+        if self.work_done < 0.1 * self.work:
+            return line
+        left = seconds * (self.work - self.work_done) / self.work_done
+        return f"{line}, {left:.0f} s left"

@@ -21,7 +21,9 @@ PACKAGE = Path(__file__).resolve().parent
 MEASURING = ("closed_form", "simulate", "measure")
 """Rooms whose code decides the numbers, besides problems and estimators."""
 CATALOGUE = ("problems", "estimators")
-NOT_MEASURING = frozenset({"cli", "plan", "progress", "provenance", "run", "store"})
+NOT_MEASURING = frozenset(
+    {"cli", "console", "plan", "progress", "provenance", "run", "store"}
+)
 """Modules of the package that cannot change a measured number."""
 
 

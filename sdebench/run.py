@@ -22,11 +22,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdebench import plan, store
+from sdebench.callable_module import make_callable
 from sdebench.errors import (
     NotApplicableError,
     ParameterError,
@@ -102,7 +104,8 @@ def measure_cells(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     All estimators of the group share the forward pass.  If one of them fails, each is
     measured on its own, so that it takes no other with it.
     """
-    from sdebench import measure, registry
+    from sdebench import registry
+    from sdebench.measure import measure_group
 
     first = cells[0]
     settings: dict[str, Any] = {name: getattr(first, name) for name in SETTINGS}
@@ -110,7 +113,7 @@ def measure_cells(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
         problem = registry.problem(first.problem)
         chosen = [registry.estimator(cell.estimator) for cell in cells]
         with _one_torch_thread(first.backend == "torch"):
-            measured = measure.measure_group(problem, chosen, **settings)
+            measured = measure_group(problem, chosen, **settings)
         rows = [measurement.row for measurement in measured]
     except Exception as error:
         if len(cells) > 1:
@@ -144,15 +147,17 @@ def _one_torch_thread(wanted: bool) -> Iterator[None]:
 def _follow(parent: int) -> None:
     """Make this worker end with its parent, and only then.
 
-    A worker whose parent was killed would wait for tasks for minutes.  Ctrl-C reaches
-    the whole process group; the parent alone decides what it means.
+    A worker whose parent was killed would wait for tasks for minutes.  And loky
+    replaces workers that grew by 300 MB, which compiled kernels and torch explain.
     """
+    from joblib.externals.loky import process_executor
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         os._exit(1)
 
+    process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -189,7 +194,8 @@ def _parallel(
 
     def attempt(these: Sequence[list[Cell]], sent: list[int]) -> Iterator[Any]:
         # One task per message: a batch would hold finished cells back.
-        with joblib.parallel_config("loky", inner_max_num_threads=1):
+        threads = joblib.parallel_config("loky", inner_max_num_threads=1)
+        with threads, _interrupts_held_back():
             results = joblib.Parallel(
                 n_jobs=max(2, jobs),  # 1 would mean this very process
                 return_as="generator_unordered",
@@ -316,6 +322,25 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach; one pressed now comes after.
+
+    The parent alone decides what Ctrl-C means, and a process interrupted while it
+    starts would print a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Its start would let signals through again (CPython before 3.12).
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run_cells(
     cells: Sequence[Cell],
     folder: str | Path,
@@ -418,5 +443,10 @@ def run(
             if others := sum(file.stem not in known for file in files):
                 shown.say(f"keeping {others} results of other settings in {target}")
         frame = run_cells(cells, target, jobs=jobs, progress=shown, resume=resume)
-    frame.attrs["command"] = store.command(suite, seed)
+    frame.attrs["command"] = store.command(
+        suite, seed, problem=problems, estimator=estimators
+    )
     return frame
+
+
+make_callable(__name__, run)

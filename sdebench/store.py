@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,10 @@ VERSION_KEY, DIGEST_KEY, CODE_KEY = (
     b"sdebench_sha1",
     b"sdebench_code",
 )
-SORT = ("problem", "problem_parameters", "estimator", "estimator_options", "point")
-SORT += ("backend", "dtype", "n_steps", "n_paths", "n_replicates", "scheme", "seed")
+SORT = (
+    *("problem", "problem_parameters", "estimator", "estimator_options", "point"),
+    *("backend", "dtype", "n_steps", "n_paths", "n_replicates", "scheme", "seed"),
+)
 
 
 def cell_file(folder: Path, key: str) -> Path:
@@ -236,9 +239,13 @@ def load(folder: str | Path = "results") -> pd.DataFrame:
     return frame
 
 
-def command(suite: str, seed: int) -> str:
+def command(suite: str, seed: int, **patterns: str | Sequence[str] | None) -> str:
     """Return the command that makes a suite's results."""
-    return f"sdebench run {suite}" + (f" --seed {seed}" if seed else "")
+    words = ["sdebench", "run", suite, *(["--seed", str(seed)] if seed else [])]
+    for option, given in patterns.items():
+        for pattern in [given] if isinstance(given, str) else given or ():
+            words += [f"--{option}", pattern]
+    return shlex.join(words)
 
 
 def _order(row: dict[str, Any]) -> tuple[tuple[bool, Any], ...]:

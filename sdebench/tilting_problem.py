@@ -46,6 +46,12 @@ class TiltingProblem(Problem):
         self.family.tilt_rows(self.theta_star, self.time_span[0])
 
     @property
+    def problem_class(self) -> str:
+        if self.family.start.is_point:
+            return "pinned start"
+        return "Gaussian tilt" if self.family.affine else "mixture tilt"
+
+    @property
     def dim(self) -> int:
         return self.family.base.dim
 

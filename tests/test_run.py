@@ -160,7 +160,9 @@ def test_broken_file_is_named(catalogue, monkeypatch):
         raise NameError("name 'nump' is not defined")
 
     monkeypatch.setattr(registry, "problem", broken)
-    with pytest.raises(SDEBenchError, match="problem ou_linear cannot be loaded.*nump"):
+    with pytest.raises(
+        SDEBenchError, match=r"problem ou_linear cannot be loaded.*nump"
+    ):
         plan.suite("quick")
 
 
@@ -294,7 +296,7 @@ def test_full_disk_keeps_what_is_finished(tmp_path, jobs, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store.os, "replace", os.replace)  # restored afterwards
-    with pytest.raises(ResultsError, match="No space left on device.*run again"):
+    with pytest.raises(ResultsError, match=r"No space left on device.*run again"):
         run.run_cells(cells(8), tmp_path, jobs=jobs, task=filling)
     assert not list(tmp_path.glob("cells/.*"))
     kept = list(tmp_path.glob("cells/*.parquet"))
@@ -386,7 +388,8 @@ def test_interrupt_says_how_to_resume(tmp_path, signum, code, jobs):
     _, error = process.communicate(timeout=20)
     assert process.returncode == code
     assert "Traceback" not in error
-    assert "run the same command again" in error.splitlines()[-1]
+    assert "interrupted: finished" in error or "terminated: finished" in error
+    assert "run the same command again" in error
 
 
 def test_progress_lines(tmp_path, capsys):
@@ -409,6 +412,27 @@ def test_progress_bar_on_a_terminal(tmp_path):
         run.run_cells(cells(1), tmp_path, jobs=1, task=measure, progress=shown)
     assert "3/3" in stream.getvalue()
     assert "left" in stream.getvalue()
+
+
+def test_real_statistics_do_not_depend_on_jobs(tmp_path):
+    """One worker, two, or half before and half after an interruption."""
+    wanted = {"problems": "brownian-linear", "progress": False}
+    frames = [
+        run.run(folder=tmp_path / str(jobs), jobs=jobs, **wanted) for jobs in (1, 2)
+    ]
+    half = {**wanted, "estimators": ["pathwise", "reinforce:baseline=optimal"]}
+    run.run(folder=tmp_path / "resumed", jobs=1, **half)
+    frames.append(run.run(folder=tmp_path / "resumed", jobs=1, **wanted))
+    assert set(frames[0]["status"]) == {"ok"}
+    timing = ["seconds", "ns_per_path_step", "peak_memory_bytes", "created"]
+    timing += [c for c in frames[0] if c.startswith("efficiency_seconds")]
+    first, *others = (frame.drop(columns=timing) for frame in frames)
+    for other in others:
+        unequal = [
+            c for c in first if repr(first[c].tolist()) != repr(other[c].tolist())
+        ]
+        assert unequal == []
+    assert frames[0].attrs["command"] == "sdebench run quick --problem brownian-linear"
 
 
 # ---------------------------------------------------------------- provenance

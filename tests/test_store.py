@@ -74,7 +74,7 @@ def test_load_above_suites_keeps_the_newer_of_two(file, tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ResultsError, match="no results in .*sdebench run"):
+    with pytest.raises(ResultsError, match=r"no results in .*sdebench run"):
         store.load(tmp_path / "absent")
 
 

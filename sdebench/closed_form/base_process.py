@@ -91,13 +91,15 @@ class BaseProcess:
             return GaussianStep(
                 1.0 + h * linear, h * offset, score, root, np.sqrt(h) * sigma
             )
-        nodes, node_weights = leggauss(20)
-        times = s + 0.5 * h * (nodes + 1.0)
+        # Nodes in the root of the distance to t: sigma may vanish like sqrt(T - t).
+        nodes, node_weights = leggauss(40)
+        roots = 0.5 * (nodes + 1.0)
+        times = t - h * roots**2
         growth = np.array([self.linear_growth(r, t) for r in times])
         levels = np.array([self.sigma(r) for r in times])
 
         def integral(values: Array) -> float:
-            return float(0.5 * h * node_weights @ values)
+            return float(h * (node_weights * roots) @ values)
 
         noise = np.sqrt(integral((growth * levels) ** 2))
         # Control frozen at its value u = sigma_s (s_1 - s_0), pushed by sigma_r.

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from sdebench import registry
 from sdebench.errors import (
     NotApplicableError,
+    NotExactError,
     NumericalError,
     ParameterError,
     unknown,
@@ -229,11 +231,28 @@ def measure_group(
                 "status": "not applicable",
                 "reason": reason,
             }
-    for control, indices in controls.items():
-        group = [chosen[i] for i in indices]
-        measured = _simulate(request, control, group, progress)
-        rows.update(zip(indices, measured, strict=True))
-    return [Measurement(rows[i]) for i in range(len(chosen))]
+    # One BLAS thread: the matrices are small, and results must not depend on it.
+    with threadpool_limits(1, user_api="blas"):
+        for control, indices in controls.items():
+            group = [chosen[i] for i in indices]
+            measured = _simulate(request, control, group, progress)
+            rows.update(zip(indices, measured, strict=True))
+        errors = _control_errors(request)
+    return [Measurement(rows[i] | errors) for i in range(len(chosen))]
+
+
+def _control_errors(request: Request) -> dict[str, float]:
+    """Return the distances of the control from u* and from u*_N."""
+    truth = request.problem.truth
+    grid: Any = request.times
+    try:
+        discrete = truth.control_error(request.theta, grid)
+    except NotExactError:
+        discrete = math.nan
+    return {
+        "control_error": truth.control_error(request.theta),
+        "control_error_discrete": discrete,
+    }
 
 
 def _simulate(
@@ -328,12 +347,14 @@ def _row(request: Request, estimator: Estimator) -> dict[str, Any]:
         "problem": problem.name,
         "problem_parameters": json.dumps(problem.parameters),
         "problem_label": problem.label,
+        "problem_class": problem.problem_class,
         "estimator": estimator.name,
         "estimator_options": json.dumps(estimator.options),
         "estimator_label": estimator.label,
         "point": request.point,
         "theta": request.theta.tolist(),
         "n_steps": len(request.times) - 1,
+        "default_steps": problem.default_steps,
         "scheme": request.scheme,
         "n_paths": request.n_paths,
         "n_replicates": request.n_replicates,
@@ -452,7 +473,6 @@ class Judge:
             "relative_variance_high": variance.high / self.scale**2,
             "kurtosis": _largest(values.kurtosis if not per_path else moments.kurtosis),
         }
-        row |= self._tail(accumulator)
         tolerance = rounding_tolerance(
             moments.mean,
             moments.mean if self.truth is None else self.truth,
@@ -462,6 +482,8 @@ class Judge:
         tolerance += ROUNDING[request.dtype] * math.sqrt(
             float(np.max(np.diag(covariance))) * scale_to_path
         )
+        # Zero variance: the largest values are rounding errors, which have no tail.
+        row |= self._tail(accumulator, variance.estimate > tolerance**2)
         for suffix, answer, slack in (
             ("", self.truth, tolerance + self.error),
             ("_own", self.discrete, tolerance),
@@ -491,7 +513,14 @@ class Judge:
         row["verdict"] = self._verdict(row, discretization, tolerance + self.error)
         return row
 
-    def _tail(self, accumulator: Accumulator) -> dict[str, Any]:
+    def _tail(self, accumulator: Accumulator, noisy: bool) -> dict[str, Any]:
+        if not noisy:
+            return {
+                "tail_index": math.inf,
+                "tail_index_low": math.inf,
+                "tail_index_high": math.inf,
+                "infinite_variance_suspected": False,
+            }
         top, count = accumulator.top.finalize()
         tail = tail_index(top, count, log=accumulator.is_weight)
         return {
@@ -553,7 +582,15 @@ def _bias(
     low, high = simultaneous_interval(
         difference, moments.std_error, moments.n - 1, level
     )
-    norm = bias_norm(difference, covariance, moments.n, level, scale, tolerance)
+    # The tolerance is per component, that of the norm sqrt(P) times as large.
+    norm = bias_norm(
+        difference,
+        covariance,
+        moments.n,
+        level,
+        scale,
+        tolerance * math.sqrt(len(difference)),
+    )
     test = bias_test(moments.mean, answer, covariance, moments.n, tolerance)
     values = (difference.tolist(), low.tolist(), high.tolist())
     return (

@@ -201,9 +201,9 @@ class Accumulator:
         if self.contributions is not None:
             self.contributions.set_shift(statistics, count)
         if not self.is_weight:
-            self._centre = np.nan_to_num(
-                statistics[: self.n_params, :count].mean(axis=1, dtype=np.float64)
-            )
+            # The median: with infinite variance a mean may be an outlier itself.
+            rows = statistics[: self.n_params, :count].astype(np.float64)
+            self._centre = np.nan_to_num(np.median(rows, axis=1))
         self.values.set_shift(np.nan_to_num(value)[:, None])
 
     def paths(self, lane: int, statistics: NDArray[Any], count: int) -> None:

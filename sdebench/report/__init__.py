@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "headline": "selection",
     "summary": "summarize",
     "render": "table",
     "figures": "plot",
@@ -19,6 +20,7 @@ _HOME = {
     "order_figure": "plot",
 }
 __all__ = [  # noqa: RUF022 (in the order of use)
+    "headline",
     "summary",
     "render",
     "figures",

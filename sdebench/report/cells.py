@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sdebench.errors import ResultsError, unknown
-from sdebench.report.format import short_labels
+from sdebench.report.format import fold, short_labels
 from sdebench.report.summarize import summary
 
 if TYPE_CHECKING:
@@ -82,13 +82,14 @@ def by_problem(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
 
 
 def one_step_count(cells: list[Cell]) -> list[Cell]:
-    """Keep per problem the number of steps most cells share; the larger one of two."""
+    """Keep per problem its default number of steps, or the one most cells share."""
     out = []
     for mine in by_problem(cells).values():
         counts: dict[int, int] = {}
         for c in mine:
             counts[n_steps(c)] = counts.get(n_steps(c), 0) + 1
-        best = max(counts, key=lambda n: (counts[n], n))
+        default = mine[0].get("default_steps")
+        best = max(counts, key=lambda n: (n == default, counts[n], n))
         out += [c for c in mine if n_steps(c) == best]
     return out
 
@@ -121,8 +122,8 @@ def problem_labels(cells: list[Cell]) -> dict[str, str]:
     short = short_labels(c["problem"] for c in cells)
     steps = {c["problem"]: n_steps(c) for c in cells}
     if len(set(steps.values())) > 1:
-        short = {k: f"{v}\nN = {steps[k]}" for k, v in short.items()}
-    return short
+        return {k: f"{fold(v)}\nN = {steps[k]}" for k, v in short.items()}
+    return {k: fold(v) for k, v in short.items()}
 
 
 def squared_error(cell: Cell, n: float) -> tuple[float, float, float]:

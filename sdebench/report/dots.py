@@ -40,14 +40,14 @@ def dot_figure(
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     drawn = looks(c["estimator"] for c in cells)
-    rows, bands, height = _layout(cells, drawn)
     names = cell_tools.problem_labels(cells)
+    rows, bands, height = _layout(cells, drawn, names)
     split = any(stem == "relative_bias" for stem, _ in panels)
     left, right = _limits(cells, [stem for stem, _ in panels], split)
     with style():
         keys = 3 if width > _WIDE else 1
-        lines = math.ceil((len(drawn) + 6) / keys)
-        figure = new_figure(width, height + 0.5 + 0.15 * lines)
+        body = height + 0.5  # ticks and labels below the rows
+        figure = new_figure(width, body)
         grid = figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)
         for axes, (stem, label) in zip(grid[0], panels, strict=True):
             axes.set_xscale("log")
@@ -60,7 +60,7 @@ def dot_figure(
             if stem == "relative_bias_own":
                 _no_split(axes, cells, bands)
             axes.set_xlabel(label)
-            axes.xaxis.set_major_locator(LogLocator(numticks=8 if keys == 3 else 5))
+            axes.xaxis.set_major_locator(LogLocator(numticks=5))
             axes.xaxis.set_minor_locator(NullLocator())
             if tick_text:
                 axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
@@ -80,13 +80,13 @@ def dot_figure(
         if any(c["verdict"] == INFINITE for c in cells):
             doubt = key(color="0.35", ls="", marker="o", ms=4, mfc="white")
             extra.append((doubt, "infinite variance suspected"))
-        draw_legend(figure, drawn, cells, keys, "bar", extra)
+        draw_legend(figure, drawn, cells, keys, "bar", extra, body)
         settle(figure)
     return figure
 
 
 def _layout(
-    cells: list[Cell], drawn: dict[str, Look]
+    cells: list[Cell], drawn: dict[str, Look], names: dict[str, str]
 ) -> tuple[Rows, list[tuple[str, float, float]], float]:
     """Return rows and bands (inches from the top) and the height of them all."""
     rows: Rows = []
@@ -99,7 +99,8 @@ def _layout(
             for cell in row:
                 rows.append((y + _ROW / 2, cell))
                 y += _ROW
-        y = max(y + _BAND, start + 0.24)  # a name needs its line
+        lines = 1 + names[problem].count("\n")
+        y = max(y + _BAND, start + 0.08 + 0.14 * lines)  # a name needs its lines
         bands.append((problem, start, y))
     return rows, bands, y
 
@@ -179,7 +180,7 @@ def _interval(
     if start > 0.0 and stop > 0.0:
         axes.plot([start, stop], [y, y], "-", color=look.color, lw=1.1)
     if value > 0.0 and not low <= 0.0:  # a value without interval is still a value
-        marker = family(cell["problem"])[1]
+        marker = family(cell["problem_class"])[1]
         face = "white" if cell["verdict"] == INFINITE else look.color
         axes.plot([value], [y], marker, ms=3.0, mew=0.7, mfc=face, mec=look.color)
 

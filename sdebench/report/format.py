@@ -220,6 +220,12 @@ def labels(names: Iterable[str], options: Iterable[Any], most: int = 3) -> list[
     return out
 
 
+def fold(label: str) -> str:
+    """Break a label at its options, one to a line: for ticks and panel titles."""
+    name, _, rest = label.partition(":")
+    return "\n".join([name, *rest.split(",")]) if rest else name
+
+
 def short_labels(full: Iterable[str]) -> dict[str, str]:
     """Map each label to the shortest one that still tells its variants apart.
 

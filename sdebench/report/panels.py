@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdebench.report.cells import Cell, n_steps, n_total, series, slope, squared_error
-from sdebench.report.format import short_labels
+from sdebench.report.format import fold, short_labels
 from sdebench.report.style import (
     Look,
     draw_legend,
@@ -64,15 +64,15 @@ def panel_figure(
     lines = math.ceil(len(problems) / columns)
     panel = min(width / columns, 3.4)
     with style():
-        rows = math.ceil((len(drawn) + 4 + len(extra)) / keys)
-        figure = new_figure(width, lines * (0.74 * panel + 0.1) + 0.35 + 0.15 * rows)
+        body = lines * (0.74 * panel + 0.1) + 0.4  # the shared label stands below
+        figure = new_figure(width, body)
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         flat = list(grid.flat)
         for axes, (name, mine) in zip(flat, problems.items(), strict=False):
             axes.set_xscale("log")
             axes.set_yscale("log")
             draw(axes, mine, drawn)
-            axes.set_title(short[name], loc="left", pad=3)
+            axes.set_title(fold(short[name]), loc="left", pad=3)
             axes.yaxis.set_major_locator(LogLocator(numticks=6))
             if steps is None:
                 axes.xaxis.set_major_locator(LogLocator(numticks=6))
@@ -92,7 +92,7 @@ def panel_figure(
             above.xaxis.set_in_layout(False)  # its labels stand in the empty panel
         figure.supxlabel(labels[0], size=8)
         figure.supylabel(labels[1], size=8)
-        draw_legend(figure, drawn, cells, keys, legend, extra)
+        draw_legend(figure, drawn, cells, keys, legend, extra, body)
         settle(figure)
     return figure
 
@@ -123,7 +123,7 @@ def _curve(
         color=look.color,
         ls=look.line,
         lw=1.1,
-        marker=family(ladder[0]["problem"])[1],
+        marker=family(ladder[0]["problem_class"])[1],
         ms=3.0,
         mew=0.0,
     )
@@ -157,7 +157,7 @@ def draw_work(axes: Axes, cells: list[Cell], drawn: dict[str, Look]) -> None:
             if low > 0.0 and math.isfinite(high):
                 axes.plot([n * cost] * 2, [low, high], color=look.color, lw=0.9)
             face = "white" if c["verdict"] == INFINITE else look.color
-            marker = family(c["problem"])[1]
+            marker = family(c["problem_class"])[1]
             axes.plot(
                 [n * cost], [value], marker, ms=3.6, mew=0.8, mfc=face, mec=look.color
             )

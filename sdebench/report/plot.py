@@ -57,7 +57,7 @@ def _ticks(cells: list[Cell]) -> Callable[[float, int], str]:
 def _relative(what: str, cells: list[Cell]) -> str:
     """Return an axis label that owns up to numbers that cannot be relative."""
     if any(c["absolute"] for c in cells):
-        return f"{what} (absolute where the exact answer is 0)"
+        return f"{what} (absolute where there is no scale)"
     return what
 
 

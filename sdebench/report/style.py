@@ -32,14 +32,14 @@ _ORDER = {
 }
 _SPARE = (3, 9, 5, 7, 6, 8)
 _STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
-_FAMILIES = (
-    # (start of the problem's name, family, marker)
-    (("brownian", "ou_", "damped"), "linear–quadratic", "o"),
-    (("gaussian_tilt",), "Gaussian tilt", "s"),
-    (("two_modes", "four_modes", "nine_modes", "mixture"), "mixture tilt", "D"),
-    (("follmer",), "pinned start", "^"),
-)
-OTHER = ("other", "P")
+_SHADES = (0.0, -0.5, 0.45, -0.25, 0.25)  # towards black and towards white
+_MARKERS = {
+    "linear–quadratic": "o",
+    "Gaussian tilt": "s",
+    "mixture tilt": "D",
+    "pinned start": "^",
+}
+_OTHER_MARKER = "P"
 _ESTIMAND_TEXT = {
     "gradient": "",
     "matching_gradient": "matching gradient",
@@ -64,12 +64,10 @@ class Look:
         return r * scale, g * scale, b * scale
 
 
-def family(problem: str) -> tuple[str, str]:
-    """Return the family of a problem and its marker."""
-    for starts, name, marker in _FAMILIES:
-        if problem.startswith(starts):
-            return name, marker
-    return OTHER
+def family(problem_class: str) -> tuple[str, str]:
+    """Return a class of problems and its marker."""
+    name = problem_class or "other"
+    return name, _MARKERS.get(name, _OTHER_MARKER)
 
 
 def looks(estimators: Iterable[str]) -> dict[str, Look]:
@@ -82,14 +80,14 @@ def looks(estimators: Iterable[str]) -> dict[str, Look]:
     slots = _ORDER | {b: _SPARE[i % len(_SPARE)] for i, b in enumerate(bases)}
     short = short_labels(names)
     order = list(slots)
-    names.sort(key=lambda n: order.index(n.partition(":")[0]))  # stable: keeps variants
+    # The plain name comes first; the sort is stable and keeps the other variants.
+    names.sort(key=lambda n: (order.index(n.partition(":")[0]), ":" in n))
     out = {}
     for name in names:
         base = name.partition(":")[0]
-        variants = [n for n in names if n.partition(":")[0] == base]
-        i = variants.index(name)
-        # From a dark shade to a light one; a single variant has the pure color.
-        shift = 0.0 if len(variants) == 1 else -0.45 + 0.85 * i / (len(variants) - 1)
+        i = [n for n in names if n.partition(":")[0] == base].index(name)
+        # The first variant (the plain name if there is one) has the pure color.
+        shift = _SHADES[i % len(_SHADES)]
         target = 0.0 if shift < 0.0 else 1.0
         r, g, b = (c + abs(shift) * (target - c) for c in palette[slots[base]])
         out[name] = Look(short[name], (r, g, b), _STYLES[i % len(_STYLES)])
@@ -162,12 +160,14 @@ def draw_legend(
     cells: list[Cell],
     columns: int,
     kind: str,
-    extra: Sequence[tuple[Any, str]] = (),
+    extra: Sequence[tuple[Any, str]],
+    body: float,
 ) -> None:
     """Draw the legend above the axes: estimators by estimand, families, ``extra``.
 
     ``kind`` is ``"bar"`` for dot plots, ``"line"`` for curves, ``"marker"`` for curves
-    where log-normalizers are single markers.
+    where log-normalizers are single markers.  The legend has at most ``columns``, and
+    fewer where they do not fit; the figure gets the height ``body`` (inches) and its.
     """
     found = estimands(cells)
     entries: list[tuple[Any, str]] = []
@@ -185,17 +185,23 @@ def draw_legend(
             else:
                 handle = key(color=look.color, ls=look.line, lw=1.3)
             entries.append((handle, f"{look.label} ({what})" if what else look.label))
-    families = dict(family(c["problem"]) for c in cells)
+    families = dict(family(c["problem_class"]) for c in cells)
     for name, marker in families.items() if len(families) > 1 else ():
         entries.append((key(color="0.35", ls="", marker=marker, ms=4), name))
     entries += extra
-    figure.legend(
-        [handle for handle, _ in entries],
-        [text for _, text in entries],
-        ncols=columns,
-        loc="outside upper center",
-        handlelength=2.2,
-        columnspacing=1.4,
-        labelspacing=0.35,
-        borderaxespad=0.3,
-    )
+    for n in range(columns, 0, -1):
+        legend = figure.legend(
+            [handle for handle, _ in entries],
+            [text for _, text in entries],
+            ncols=n,
+            loc="outside upper center",
+            handlelength=2.2,
+            columnspacing=1.4,
+            labelspacing=0.35,
+            borderaxespad=0.3,
+        )
+        box = legend.get_window_extent()
+        if n == 1 or box.width < 0.98 * figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(body + box.height / figure.dpi)

@@ -268,7 +268,7 @@ def _worth_showing(cells: list[dict[str, Any]]) -> list[str]:
         texts = _texts(cells, column)
         ok = [t for t, c in zip(texts, cells, strict=True) if c["status"] == "ok"]
         if key in _CONSTANT:
-            shown = len({t for t in ok if t and t != MISSING}) > 1
+            shown = len({t for t in texts if t and t != MISSING}) > 1
         else:
             shown = key in _KEYS or key == "verdict" or any(t != MISSING for t in ok)
         if shown:
@@ -278,7 +278,7 @@ def _worth_showing(cells: list[dict[str, Any]]) -> list[str]:
 
 def _values(cells: list[dict[str, Any]], key: str) -> list[str]:
     """Return the different texts of a column, in order, without missing ones."""
-    texts = (COLUMNS[key].text(c) for c in cells if c["status"] == "ok")
+    texts = (COLUMNS[key].text(c) for c in cells)
     return list(dict.fromkeys(t for t in texts if t and t != MISSING))
 
 
@@ -304,14 +304,14 @@ def _notes(
     ok = [c for c in cells if c["status"] == "ok"]
     constant = [k for k in _CONSTANT if drop and k not in chosen and k != "sample"]
     common = [(COLUMNS[k].heading, v) for k in constant for v in _values(cells, k)]
-    levels = sorted({c["confidence"] for c in ok if c["confidence"] > 0.0})
+    levels = sorted({c["confidence"] for c in cells if c["confidence"] > 0.0})
     level = " and ".join(f"{plain(100.0 * x)} %" for x in levels) or "unrecorded"
     out = []
     if common:
         out.append(f"All rows: {', '.join(f'{k} {v}' for k, v in common)}.")
     sizes = [
-        _span(ok, "n_replicates", "replicates"),
-        _span(ok, "n_paths", "paths"),
+        _span(ok or cells, "n_replicates", "replicates"),
+        _span(ok or cells, "n_paths", "paths"),
     ]
     size = " of ".join(sizes) if all(sizes) else "Number of replicates not recorded"
     out.append(
@@ -320,12 +320,13 @@ def _notes(
     )
     out.append(
         "Bias and variance (of one path) are relative to the norm of the exact answer "
-        "and to its square."
+        "and its square; where that is zero, to those at the point zero, and for log Z "
+        "to 1."
     )
     if "efficiency" in chosen:
-        out.append("Efficiency is 1/(mean squared error × drift evaluations).")
+        out.append("Efficiency is 1/(mean squared error × evaluations).")
     if any(c["absolute"] for c in ok):
-        out.append("† absolute: the exact answer is zero.")
+        out.append("† absolute: the exact answer is zero or unknown.")
     if any(c["verdict"] == INFINITE for c in ok):
         out.append("∞? the variance may be infinite and its interval is not valid.")
     version = _origin(cells, "sdebench_version")

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdebench.simulate import primitives
-from sdebench.simulate.jit import kernel
 from sdebench.simulate.noise import fill_normals
 from sdebench.simulate.primitives import Prepared
 from sdebench.simulate.tables import Array
-from sdebench.simulate.tile import LANES, PADDING, lanes, load, store
+from sdebench.simulate.tile import LANES, PADDING, lanes, load, path_kernel, store
 
 CHUNK_BYTES = 32768
 """Noise made at a time: it should still be in the L1 or L2 cache when it is used."""
@@ -63,7 +62,7 @@ def path_buffers(prepared: Prepared, block: int, store: bool = True) -> Buffers:
     )
 
 
-@kernel
+@path_kernel
 def forward(
     prepared: Any,
     work: Any,
@@ -111,9 +110,7 @@ def forward(
             w = W[n % W.shape[0]]
             primitives.evaluate(prepared, work, n, x, w, B)
             primitives.running_cost(prepared, work, n, x, totals, 1, B)
-            primitives.step(
-                prepared, work, n, x, w, Z[first + n - n0], y, totals, B
-            )
+            primitives.step(prepared, work, n, x, w, Z[first + n - n0], y, totals, B)
     for p in range(0, B, lanes(totals)):
         store(totals, 0, p, 0.5 * load(totals, 0, p))
     primitives.reward(prepared, work, X[N % X.shape[0]], totals, 3, B)

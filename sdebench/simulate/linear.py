@@ -1,7 +1,7 @@
 """Numba primitives of the linear family (`LinearTables`); formulas in tables.py.
 
-Every matrix of a table is an `Operator`, stored as what it is: zero, diagonal or full,
-constant or changing in time; the kernels branch on that once per step and block.
+Every matrix of a table is treated as what it is: zero, diagonal or full, constant or
+changing in time; the kernels branch on that once per step and block.
 """
 
 from __future__ import annotations
@@ -11,53 +11,48 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sdebench.simulate.jit import inner
 from sdebench.simulate.noise import fill_start_normals
 from sdebench.simulate.tables import Array, LinearTables
 from sdebench.simulate.tile import (
     PADDING,
     add_product,
     affine,
+    block_loop,
     fill,
+    glue,
     lanes,
     load,
     store,
 )
 
 ZERO, DIAGONAL, FULL = 0, 1, 2
-
-
-class Operator(NamedTuple):
-    """A square matrix per step; ``stride`` is 0 if it is the same at every step."""
-
-    kind: int
-    stride: int
-    diagonal: Array  # (N or 1, d)
-    matrix: Array  # (N or 1, d, d), empty unless full
-    transposed: Array  # (N or 1, d, d), empty unless full
+# numba would compile one more version of a helper for every value of a Python integer
+TRANSITION, GAIN, NOISE, RUNNING, REWARD, START, FEATURES = np.arange(7)
+FIRST = np.int64(0)
 
 
 class PreparedLinear(NamedTuple):
-    """`LinearTables` cast, transposed and sorted for the kernels."""
+    """`LinearTables` cast, transposed and sorted for the kernels.
+
+    The matrices are stacked, in the order TRANSITION, ..., START, feature maps; few
+    large arrays, since every field costs compile time.
+    """
 
     n_parameters: int
-    transition: Operator
-    offset: Array  # (N, d)
-    gain: Operator
-    bias: Array  # (N, d)
-    noise: Operator
-    feature_kind: Array  # (S,)
-    feature_diagonal: Array  # (S, N, d)
-    feature_gain: Array  # (S, N, d, d); (S, 1, 1, 1) if no map is full
+    kind: Array  # (O,) ZERO, DIAGONAL or FULL
+    stride: Array  # (O,) 0 if the matrix is the same at every step, else 1
+    slot: Array  # (O,) place of a full matrix
+    diagonal: Array  # (O, N, d)
+    matrix: Array  # (slots, N, d, d) the full ones
+    transposed: Array  # (slots, N, d, d)
+    offset: Array  # (N, d) c_n
+    bias: Array  # (N, d) k_n
     feature_bias: Array  # (S, N, d)
     pair_parameter: Array  # (Q,) p of each pair (p, s) whose basis is not all zero
     pair_feature: Array  # (Q,) s
     pair_basis: Array  # (N, Q)
-    running: Operator
-    reward: Operator
     reward_linear: Array  # (d,)
     reward_constant: Array  # (1,)
-    start: Operator
     start_mean: Array  # (d,)
 
 
@@ -74,53 +69,57 @@ class LinearWork(NamedTuple):
     zero: Array  # (d,)
 
 
-def make_operator(matrix: Array, dtype: DTypeLike) -> Operator:
-    """Find the structure of a stack of matrices (N, d, d)."""
-    constant = bool(np.all(matrix == matrix[:1]))
-    if constant:
-        matrix = matrix[:1]
-    diagonal = np.diagonal(matrix, axis1=1, axis2=2)
-    off_diagonal = matrix * (1.0 - np.eye(matrix.shape[1]))
-    kind = FULL if np.any(off_diagonal) else DIAGONAL if np.any(diagonal) else ZERO
-    stack = matrix if kind == FULL else np.zeros((1, 1, 1))
-    return Operator(
-        kind,
-        0 if constant else 1,
-        np.array(diagonal, dtype, order="C"),
-        np.array(stack, dtype, order="C"),
-        np.array(stack.transpose(0, 2, 1), dtype, order="C"),
-    )
-
-
 def prepare_linear(tables: LinearTables, dtype: DTypeLike) -> PreparedLinear:
     """Return the tables as the kernels want them, in ``dtype``."""
+    n_steps, dim = tables.offset.shape
+    matrices: list[Array] = [
+        tables.transition,
+        tables.gain,
+        tables.noise,
+        tables.running,
+        tables.reward_quadratic[None],
+        tables.start_factor[None],
+        *tables.feature_gain,
+    ]
+    kind = np.zeros(len(matrices), np.int64)
+    stride, slot = np.zeros_like(kind), np.zeros_like(kind)
+    diagonal = np.zeros((len(matrices), n_steps, dim), dtype)
+    full: list[Array] = []
+    for k, matrix in enumerate(matrices):
+        if np.all(matrix == matrix[:1]):
+            matrix = matrix[:1]
+        else:
+            stride[k] = 1
+        diagonal[k, : len(matrix)] = np.diagonal(matrix, axis1=1, axis2=2)
+        if np.any(matrix * (1.0 - np.eye(dim))):
+            kind[k], slot[k] = FULL, len(full)
+            full.append(matrix)
+        elif np.any(matrix):
+            kind[k] = DIAGONAL
+    stack = np.zeros((max(len(full), 1), n_steps, dim, dim), dtype)
+    for place, matrix in zip(stack, full, strict=False):
+        place[: len(matrix)] = matrix
 
     def cast(array: Array) -> Array:
         return np.array(array, dtype, order="C")
 
-    features = [make_operator(matrix, dtype) for matrix in tables.feature_gain]
-    kinds = np.array([feature.kind for feature in features], np.int64)
-    gain = tables.feature_gain
     parameter, feature = np.nonzero(np.any(tables.basis != 0.0, axis=2))
     return PreparedLinear(
         tables.basis.shape[0],
-        make_operator(tables.transition, dtype),
+        kind,
+        stride,
+        slot,
+        diagonal,
+        stack,
+        cast(stack.transpose(0, 1, 3, 2)),
         cast(tables.offset),
-        make_operator(tables.gain, dtype),
         cast(tables.bias),
-        make_operator(tables.noise, dtype),
-        kinds,
-        cast(np.diagonal(gain, axis1=2, axis2=3)),
-        cast(gain if np.any(kinds == FULL) else np.zeros((len(kinds), 1, 1, 1))),
         cast(tables.feature_bias),
         np.array(parameter, np.int64),
         np.array(feature, np.int64),
         cast(tables.basis[parameter, feature].T),
-        make_operator(tables.running, dtype),
-        make_operator(tables.reward_quadratic[None], dtype),
         cast(tables.reward_linear),
         cast(tables.reward_constant),
-        make_operator(tables.start_factor[None], dtype),
         cast(tables.start_mean),
     )
 
@@ -129,7 +128,7 @@ def work_linear(prepared: PreparedLinear, block: int) -> LinearWork:
     """Allocate the scratch for blocks of ``block`` paths."""
     dtype = prepared.offset.dtype
     dim = prepared.offset.shape[1]
-    maps = prepared.feature_kind.shape[0]
+    maps = prepared.feature_bias.shape[0]
 
     def rows(count: int) -> Array:
         return np.zeros((count, block + PADDING), dtype)
@@ -149,7 +148,7 @@ def work_linear(prepared: PreparedLinear, block: int) -> LinearWork:
 # Operators --------------------------------------------------------------------------
 
 
-@inner
+@block_loop
 def act(kind, diagonal, matrix, b, X, Y, B):  # type: ignore[no-untyped-def]
     """Y = A X + b; Y is not X."""
     d = b.shape[0]
@@ -162,7 +161,7 @@ def act(kind, diagonal, matrix, b, X, Y, B):  # type: ignore[no-untyped-def]
                 store(Y, i, p, a * load(X, i, p) + c)
 
 
-@inner
+@block_loop
 def add_act(kind, diagonal, matrix, X, Y, B):  # type: ignore[no-untyped-def]
     """Y += A X."""
     if kind == FULL:
@@ -174,185 +173,226 @@ def add_act(kind, diagonal, matrix, X, Y, B):  # type: ignore[no-untyped-def]
                 store(Y, i, p, load(Y, i, p) + a * load(X, i, p))
 
 
-@inner
-def add_form(kind, diagonal, matrix, factor, X, scratch, OUT, row, zero, B):  # type: ignore[no-untyped-def]
-    """OUT[row] += factor x^T A x."""
-    if kind == ZERO:
-        return
-    act(kind, diagonal, matrix, zero, X, scratch, B)
+@block_loop
+def add_dot(factor, X, Y, d, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row] += factor x . y."""
     for p in range(0, B, lanes(X)):
-        total = load(X, 0, p) * load(scratch, 0, p)
-        for i in range(1, zero.shape[0]):
-            total = total + load(X, i, p) * load(scratch, i, p)
+        total = load(X, 0, p) * load(Y, 0, p)
+        for i in range(1, d):
+            total = total + load(X, i, p) * load(Y, i, p)
         store(OUT, row, p, load(OUT, row, p) + factor * total)
+
+
+@block_loop
+def finish_diagonal(a, c, scale, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-def]
+    """Y = a x + c + scale (w + z), and the totals of the step."""
+    for p in range(0, B, lanes(X)):
+        square = load(totals, 0, p)
+        martingale = load(totals, 2, p)
+        for i in range(scale.shape[0]):
+            w = load(W, i, p)
+            z = load(Z, i, p)
+            square = square + w * w
+            martingale = martingale + w * z
+            y = (a[i] * load(X, i, p) + c[i]) + scale[i] * (w + z)
+            store(Y, i, p, y)
+        store(totals, 0, p, square)
+        store(totals, 2, p, martingale)
+
+
+@block_loop
+def finish(scale, W, Z, Y, shocks, totals, B):  # type: ignore[no-untyped-def]
+    """Y += scale (w + z), shocks = w + z, and the totals of the step."""
+    for p in range(0, B, lanes(Y)):
+        square = load(totals, 0, p)
+        martingale = load(totals, 2, p)
+        for i in range(scale.shape[0]):
+            w = load(W, i, p)
+            z = load(Z, i, p)
+            shock = w + z
+            square = square + w * w
+            martingale = martingale + w * z
+            store(shocks, i, p, shock)
+            store(Y, i, p, load(Y, i, p) + scale[i] * shock)
+        store(totals, 0, p, square)
+        store(totals, 2, p, martingale)
+
+
+@block_loop
+def feature_product(kind, a, E, b, X, V, scratch, T, s, B):  # type: ignore[no-untyped-def]
+    """T[s] = (E x + b) . v."""
+    d = b.shape[0]
+    if kind == FULL:
+        affine(E, d, b, X, scratch, B)
+        for p in range(0, B, lanes(X)):
+            total = load(scratch, 0, p) * load(V, 0, p)
+            for i in range(1, d):
+                total = total + load(scratch, i, p) * load(V, i, p)
+            store(T, s, p, total)
+    elif kind == DIAGONAL:
+        for p in range(0, B, lanes(X)):
+            total = (a[0] * load(X, 0, p) + b[0]) * load(V, 0, p)
+            for i in range(1, d):
+                total = total + (a[i] * load(X, i, p) + b[i]) * load(V, i, p)
+            store(T, s, p, total)
+    else:
+        for p in range(0, B, lanes(X)):
+            total = b[0] * load(V, 0, p)
+            for i in range(1, d):
+                total = total + b[i] * load(V, i, p)
+            store(T, s, p, total)
+
+
+@block_loop
+def spread(parameter, feature, basis, T, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + p] += sum_s basis T[s] over the pairs (p, s)."""
+    for q in range(parameter.shape[0]):
+        r, s, c = row + parameter[q], feature[q], basis[q]
+        for p in range(0, B, lanes(T)):
+            store(OUT, r, p, load(OUT, r, p) + c * load(T, s, p))
 
 
 # Primitives: see primitives.py --------------------------------------------------------
 
 
-@inner
+@glue
+def apply(prepared, k, n, b, X, Y, B):  # type: ignore[no-untyped-def]
+    """Y = A X + b, A matrix k of step n."""
+    m, s = n * prepared.stride[k], prepared.slot[k]
+    A = prepared.matrix[s, m]
+    act(prepared.kind[k], prepared.diagonal[k, m], A, b, X, Y, B)
+
+
+@glue
+def apply_transposed(prepared, k, n, b, X, Y, B):  # type: ignore[no-untyped-def]
+    """Y = A^T X + b."""
+    m, s = n * prepared.stride[k], prepared.slot[k]
+    A = prepared.transposed[s, m]
+    act(prepared.kind[k], prepared.diagonal[k, m], A, b, X, Y, B)
+
+
+@block_loop
 def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyped-def]
-    A = prepared.start
-    if A.kind != ZERO:
-        rows = work.start.shape[0]
-        fill_start_normals(work.start, work.words, rows, B, p0, 0, k0, k1, replicate)
-    act(A.kind, A.diagonal[0], A.matrix[0], prepared.start_mean, work.start, X, B)
+    """X = m_0 + L_0 z."""
+    Z = work.start
+    if prepared.kind[START] != ZERO:
+        rows = Z.shape[0]
+        fill_start_normals(Z, work.words, rows, B, p0, 0, k0, k1, replicate)
+    apply(prepared, START, FIRST, prepared.start_mean, Z, X, B)
 
 
-@inner
+@glue
 def evaluate(prepared, work, n, X, W, B):  # type: ignore[no-untyped-def]
-    A = prepared.gain
-    m = n * A.stride
-    r = m if A.kind == FULL else 0
-    act(A.kind, A.diagonal[m], A.matrix[r], prepared.bias[n], X, W, B)
+    """W = K x + k."""
+    apply(prepared, GAIN, n, prepared.bias[n], X, W, B)
 
 
-@inner
+@glue
 def refresh(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
-    pass
+    """Nothing: products need no state."""
 
 
-@inner
+@glue
 def refresh_control(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
-    pass
+    """Nothing."""
 
 
-@inner
+@glue
 def step(prepared, work, n, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-def]
-    M, G = prepared.transition, prepared.noise
-    d = prepared.offset.shape[1]
+    """Y = M x + c + G (w + z)."""
     c = prepared.offset[n]
-    m = n * M.stride
-    g = n * G.stride
-    if M.kind == FULL or G.kind == FULL:
-        r = m if M.kind == FULL else 0
-        act(M.kind, M.diagonal[m], M.matrix[r], c, X, Y, B)
-        scale = G.diagonal[g]
-        for p in range(0, B, lanes(X)):
-            square = load(totals, 0, p)
-            martingale = load(totals, 2, p)
-            for i in range(d):
-                w = load(W, i, p)
-                z = load(Z, i, p)
-                square = square + w * w
-                martingale = martingale + w * z
-                if G.kind == FULL:
-                    store(work.scratch, i, p, w + z)
-                else:
-                    store(Y, i, p, load(Y, i, p) + scale[i] * (w + z))
-            store(totals, 0, p, square)
-            store(totals, 2, p, martingale)
-        if G.kind == FULL:
-            add_product(G.matrix[g], work.scratch, Y, 0, B)
+    m, g = n * prepared.stride[TRANSITION], n * prepared.stride[NOISE]
+    scale = prepared.diagonal[NOISE, g]
+    if prepared.kind[NOISE] == FULL:
+        apply(prepared, TRANSITION, n, c, X, Y, B)
+        finish(work.zero, W, Z, Y, work.scratch, totals, B)
+        add_product(prepared.matrix[prepared.slot[NOISE], g], work.scratch, Y, 0, B)
+    elif prepared.kind[TRANSITION] == FULL:
+        apply(prepared, TRANSITION, n, c, X, Y, B)
+        finish(scale, W, Z, Y, work.scratch, totals, B)
     else:
-        a, scale = M.diagonal[m], G.diagonal[g]
-        for p in range(0, B, lanes(X)):
-            square = load(totals, 0, p)
-            martingale = load(totals, 2, p)
-            for i in range(d):
-                w = load(W, i, p)
-                z = load(Z, i, p)
-                square = square + w * w
-                martingale = martingale + w * z
-                y = (a[i] * load(X, i, p) + c[i]) + scale[i] * (w + z)
-                store(Y, i, p, y)
-            store(totals, 0, p, square)
-            store(totals, 2, p, martingale)
+        a = prepared.diagonal[TRANSITION, m]
+        finish_diagonal(a, c, scale, X, W, Z, Y, totals, B)
 
 
-@inner
+@glue
 def noise_transpose(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-def]
-    A = prepared.noise
-    m = n * A.stride
-    r = m if A.kind == FULL else 0
-    act(A.kind, A.diagonal[m], A.transposed[r], work.zero, V, OUT, B)
+    """OUT = G^T V."""
+    apply_transposed(prepared, NOISE, n, work.zero, V, OUT, B)
 
 
-@inner
+@glue
 def base_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
-    A = prepared.transition
-    m = n * A.stride
-    r = m if A.kind == FULL else 0
-    act(A.kind, A.diagonal[m], A.transposed[r], work.zero, V, OUT, B)
+    """OUT = M^T V."""
+    apply_transposed(prepared, TRANSITION, n, work.zero, V, OUT, B)
 
 
-@inner
+@glue
 def control_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
-    A = prepared.gain
-    m = n * A.stride
-    r = m if A.kind == FULL else 0
-    add_act(A.kind, A.diagonal[m], A.transposed[r], V, OUT, B)
+    """OUT += K^T V."""
+    m, s = n * prepared.stride[GAIN], prepared.slot[GAIN]
+    A = prepared.transposed[s, m]
+    add_act(prepared.kind[GAIN], prepared.diagonal[GAIN, m], A, V, OUT, B)
 
 
-@inner
+@glue
 def control_parameter_vjp(prepared, work, n, X, V, OUT, row, B):  # type: ignore[no-untyped-def]
-    d = prepared.offset.shape[1]
-    T = work.products
-    for s in range(prepared.feature_kind.shape[0]):
-        kind = prepared.feature_kind[s]
-        a, b = prepared.feature_diagonal[s, n], prepared.feature_bias[s, n]
-        if kind == FULL:
-            affine(prepared.feature_gain[s, n], d, b, X, work.scratch, B)
-        for p in range(0, B, lanes(X)):
-            total = fill(X, b[0] * 0)
-            for i in range(d):
-                if kind == FULL:
-                    y = load(work.scratch, i, p)
-                elif kind == DIAGONAL:
-                    y = a[i] * load(X, i, p) + b[i]
-                else:
-                    y = fill(X, b[i])
-                total = total + y * load(V, i, p)
-            store(T, s, p, total)
-    for q in range(prepared.pair_parameter.shape[0]):
-        r = row + prepared.pair_parameter[q]
-        s = prepared.pair_feature[q]
-        c = prepared.pair_basis[n, q]
-        for p in range(0, B, lanes(X)):
-            store(OUT, r, p, load(OUT, r, p) + c * load(T, s, p))
+    """OUT[row + p] += sum_s basis (E x + e) . v."""
+    T, basis = work.products, prepared.pair_basis[n]
+    for s in range(prepared.feature_bias.shape[0]):
+        k = FEATURES + s
+        m, b = n * prepared.stride[k], prepared.feature_bias[s, n]
+        a, E = prepared.diagonal[k, m], prepared.matrix[prepared.slot[k], m]
+        feature_product(prepared.kind[k], a, E, b, X, V, work.scratch, T, s, B)
+    spread(prepared.pair_parameter, prepared.pair_feature, basis, T, OUT, row, B)
 
 
-@inner
+@glue
 def adjoint(prepared, work, n, X, A, V, NEXT, OUT, B):  # type: ignore[no-untyped-def]
+    """NEXT = M^T A + K^T V; OUT: `control_parameter_vjp`."""
     control_parameter_vjp(prepared, work, n, X, V, OUT, 0, B)
     base_vjp(prepared, work, n, X, A, NEXT, B)
     control_vjp(prepared, work, n, X, V, NEXT, B)
 
 
-@inner
+@glue
+def add_quadratic(prepared, work, k, n, factor, X, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row] += factor x^T A x."""
+    if prepared.kind[k] != ZERO:
+        apply(prepared, k, n, work.zero, X, work.scratch, B)
+        add_dot(factor, X, work.scratch, work.zero.shape[0], OUT, row, B)
+
+
+@glue
 def running_cost(prepared, work, n, X, OUT, row, B):  # type: ignore[no-untyped-def]
-    A = prepared.running
-    m = n * A.stride
-    r = m if A.kind == FULL else 0
-    S, zero = work.scratch, work.zero
-    add_form(A.kind, A.diagonal[m], A.matrix[r], 0.5, X, S, OUT, row, zero, B)
+    """OUT[row] += 1/2 x^T F x."""
+    add_quadratic(prepared, work, RUNNING, n, 0.5, X, OUT, row, B)
 
 
-@inner
+@glue
 def running_cost_gradient(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
-    A = prepared.running
-    m = n * A.stride
-    r = m if A.kind == FULL else 0
-    add_act(A.kind, A.diagonal[m], A.matrix[r], X, OUT, B)
+    """OUT += F x."""
+    m, s = n * prepared.stride[RUNNING], prepared.slot[RUNNING]
+    A = prepared.matrix[s, m]
+    add_act(prepared.kind[RUNNING], prepared.diagonal[RUNNING, m], A, X, OUT, B)
 
 
-@inner
+@block_loop
 def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
-    A = prepared.reward
+    """OUT[row] = -1/2 x^T Q x + q^T x + r0."""
     q = prepared.reward_linear
     for p in range(0, B, lanes(X)):
         total = fill(X, prepared.reward_constant[0])
         for i in range(q.shape[0]):
             total = total + q[i] * load(X, i, p)
         store(OUT, row, p, total)
-    S, zero = work.scratch, work.zero
-    add_form(A.kind, A.diagonal[0], A.matrix[0], -0.5, X, S, OUT, row, zero, B)
+    add_quadratic(prepared, work, REWARD, FIRST, -0.5, X, OUT, row, B)
 
 
-@inner
+@block_loop
 def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
-    A = prepared.reward
-    act(A.kind, A.diagonal[0], A.matrix[0], work.zero, X, OUT, B)
+    """OUT = q - Q x."""
+    apply(prepared, REWARD, FIRST, work.zero, X, OUT, B)
     for i in range(work.zero.shape[0]):
         q = prepared.reward_linear[i]
         for p in range(0, B, lanes(X)):

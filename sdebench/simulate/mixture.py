@@ -21,15 +21,16 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from sdebench.simulate.elementary import log
-from sdebench.simulate.jit import inner
 from sdebench.simulate.noise import fill_start_normals, fill_start_uniform
 from sdebench.simulate.tables import Array, MixtureTables
 from sdebench.simulate.tile import (
     PADDING,
     add_product,
     affine,
+    block_loop,
+    combine,
     exp,
-    fill,
+    glue,
     lanes,
     larger,
     load,
@@ -164,9 +165,7 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
 
     def scores(mixture: Scores) -> ScoresWork:
         k = mixture.constant.shape[1]
-        return ScoresWork(
-            rows(k), rows(1), rows(1), rows(features), rows(dim), rows(k)
-        )
+        return ScoresWork(rows(k), rows(1), rows(1), rows(features), rows(dim), rows(k))
 
     three = (prepared.base, prepared.tilted, prepared.reward)
     longest = max(features, *(mixture.constant.shape[1] for mixture in three))
@@ -190,7 +189,7 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
 # One mixture --------------------------------------------------------------------------
 
 
-@inner
+@block_loop
 def state_features(X, d, FX, B):  # type: ignore[no-untyped-def]
     """FX = [x; x^2], or [x; |x|^2] if it has d + 1 rows."""
     if FX.shape[0] == 2 * d:
@@ -211,7 +210,7 @@ def state_features(X, d, FX, B):  # type: ignore[no-untyped-def]
             store(FX, d, p, total)
 
 
-@inner
+@block_loop
 def direction_features(X, a, U, b, V, d, FV, B):  # type: ignore[no-untyped-def]
     """FV = [v; 2 x v], or [v; 2 x . v], of v = a U + b V."""
     if FV.shape[0] == 2 * d:
@@ -233,7 +232,7 @@ def direction_features(X, a, U, b, V, d, FV, B):  # type: ignore[no-untyped-def]
             store(FV, d, p, total + total)
 
 
-@inner
+@block_loop
 def weigh(mixture, state, n, FX, B):  # type: ignore[no-untyped-def]
     """Softmax weights of the components."""
     E = state.weight
@@ -253,7 +252,7 @@ def weigh(mixture, state, n, FX, B):  # type: ignore[no-untyped-def]
         store(state.inverse, 0, p, 1.0 / total)
 
 
-@inner
+@block_loop
 def score(mixture, state, n, FX, zero, B):  # type: ignore[no-untyped-def]
     """Fill the whole state: weights, moments and score (zero without components)."""
     S, M = state.score, state.moments
@@ -274,7 +273,7 @@ def score(mixture, state, n, FX, zero, B):  # type: ignore[no-untyped-def]
             store(S, i, p, load(M, i, p) * inverse + q * load(FX, i, p))
 
 
-@inner
+@block_loop
 def project(mixture, state, n, FV, zero, B):  # type: ignore[no-untyped-def]
     """projection_k = gamma_k (g_k . v - s . v)."""
     A, S, E = state.projection, state.score, state.weight
@@ -288,7 +287,7 @@ def project(mixture, state, n, FV, zero, B):  # type: ignore[no-untyped-def]
             store(A, k, p, (load(E, k, p) * inverse) * (load(A, k, p) - mean))
 
 
-@inner
+@block_loop
 def add_projected(mixture, state, n, X, FV, scratch, zero, OUT, B):  # type: ignore[no-untyped-def]
     """OUT += (ds/dx) v after `project`."""
     d, features = state.score.shape[0], FV.shape[0]
@@ -304,7 +303,7 @@ def add_projected(mixture, state, n, X, FV, scratch, zero, OUT, B):  # type: ign
             store(OUT, i, p, load(OUT, i, p) + y)
 
 
-@inner
+@block_loop
 def add_hessian(mixture, state, n, X, FV, scratch, zero, OUT, B):  # type: ignore[no-untyped-def]
     """OUT += (ds/dx) v, v the first d rows of FV."""
     if state.weight.shape[0] > 0:
@@ -312,11 +311,82 @@ def add_hessian(mixture, state, n, X, FV, scratch, zero, OUT, B):  # type: ignor
         add_projected(mixture, state, n, X, FV, scratch, zero, OUT, B)
 
 
+@block_loop
+def control(e, S0, S1, W, B):  # type: ignore[no-untyped-def]
+    """W = e (S1 - S0)."""
+    for i in range(S1.shape[0]):
+        for p in range(0, B, lanes(W)):
+            store(W, i, p, e * (load(S1, i, p) - load(S0, i, p)))
+
+
+@block_loop
+def finish(a, c, b, g, X, S0, W, Z, Y, totals, B):  # type: ignore[no-untyped-def]
+    """Y = a x + c + b s_0 + g (w + z), and the totals of the step."""
+    for p in range(0, B, lanes(X)):
+        square = load(totals, 0, p)
+        martingale = load(totals, 2, p)
+        for i in range(S0.shape[0]):
+            w = load(W, i, p)
+            z = load(Z, i, p)
+            square = square + w * w
+            martingale = martingale + w * z
+            mean = (a[i] * load(X, i, p) + c[i]) + b * load(S0, i, p)
+            store(Y, i, p, mean + g * (w + z))
+        store(totals, 0, p, square)
+        store(totals, 2, p, martingale)
+
+
+@block_loop
+def scale_rows(a, X, Y, B):  # type: ignore[no-untyped-def]
+    """Y = a x."""
+    for i in range(a.shape[0]):
+        for p in range(0, B, lanes(X)):
+            store(Y, i, p, a[i] * load(X, i, p))
+
+
+@block_loop
+def parameter_features(component, column, state, X, F, T, d, B):  # type: ignore[no-untyped-def]
+    """T = what multiplies each active coefficient in (ds/dtheta)^T v, after `project`.
+
+    F holds v in its first d rows.
+    """
+    for q in range(column.shape[0]):
+        k, j = component[q], column[q]
+        if j < d:
+            for p in range(0, B, lanes(X)):
+                a = load(state.projection, k, p)
+                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
+                store(T, q, p, a * load(X, j, p) + gamma * load(F, j, p))
+        elif j < 2 * d:
+            for p in range(0, B, lanes(X)):
+                a = load(state.projection, k, p)
+                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
+                x = load(X, j - d, p)
+                y = (a * x) * x + gamma * ((x + x) * load(F, j - d, p))
+                store(T, q, p, y)
+        elif j == 2 * d:
+            for p in range(0, B, lanes(X)):
+                store(T, q, p, load(state.projection, k, p))
+        else:
+            for p in range(0, B, lanes(X)):
+                a = load(state.projection, k, p)
+                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
+                x = load(X, 0, p)
+                squares = x * x
+                cross = x * load(F, 0, p)
+                for i in range(1, d):
+                    x = load(X, i, p)
+                    squares = squares + x * x
+                    cross = cross + x * load(F, i, p)
+                store(T, q, p, a * squares + gamma * (cross + cross))
+
+
 # Primitives: see primitives.py --------------------------------------------------------
 
 
-@inner
+@block_loop
 def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyped-def]
+    """X = mean_k + scale_k z of a random component k."""
     mean, scale = prepared.start_mean, prepared.start_scale
     cumulative, u, Z = prepared.start_cumulative, work.uniform, work.start
     components, d = mean.shape
@@ -333,80 +403,64 @@ def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyp
                 x[p] = mean[k, i] + scale[k, i] * z[p] if u[p] >= edge else x[p]
 
 
-@inner
+@glue
 def refresh(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
+    """State of both mixtures."""
     state_features(X, work.direction.shape[0], work.features, B)
     score(prepared.base, work.base, n, work.features, work.zero, B)
     score(prepared.tilted, work.tilted, n, work.features, work.zero, B)
 
 
-@inner
+@glue
 def refresh_control(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
+    """State of the tilted mixture."""
     state_features(X, work.direction.shape[0], work.features, B)
     score(prepared.tilted, work.tilted, n, work.features, work.zero, B)
 
 
-@inner
+@glue
 def evaluate(prepared, work, n, X, W, B):  # type: ignore[no-untyped-def]
+    """W = e (s_1 - s_0)."""
     refresh(prepared, work, n, X, B)
-    e = prepared.control_gain[n]
-    S0, S1 = work.base.score, work.tilted.score
-    for i in range(S1.shape[0]):
-        for p in range(0, B, lanes(X)):
-            store(W, i, p, e * (load(S1, i, p) - load(S0, i, p)))
+    control(prepared.control_gain[n], work.base.score, work.tilted.score, W, B)
 
 
-@inner
+@glue
 def step(prepared, work, n, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-def]
+    """Y = a x + c + b s_0 + g (w + z)."""
     a, c = prepared.scale[n], prepared.offset[n]
     b, g = prepared.base_gain[n], prepared.noise[n]
-    S0 = work.base.score
-    for p in range(0, B, lanes(X)):
-        square = load(totals, 0, p)
-        martingale = load(totals, 2, p)
-        for i in range(S0.shape[0]):
-            w = load(W, i, p)
-            z = load(Z, i, p)
-            square = square + w * w
-            martingale = martingale + w * z
-            mean = (a[i] * load(X, i, p) + c[i]) + b * load(S0, i, p)
-            store(Y, i, p, mean + g * (w + z))
-        store(totals, 0, p, square)
-        store(totals, 2, p, martingale)
+    finish(a, c, b, g, X, work.base.score, W, Z, Y, totals, B)
 
 
-@inner
+@glue
 def noise_transpose(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = g V."""
     g = prepared.noise[n]
-    for i in range(work.direction.shape[0]):
-        for p in range(0, B, lanes(V)):
-            store(OUT, i, p, g * load(V, i, p))
+    combine(g, V, g * 0, V, OUT, B)
 
 
-@inner
-def base_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
-    b = prepared.base_gain[n]
-    base_terms(prepared, work, n, X, b, V, b * 0, V, OUT, B)
-
-
-@inner
+@glue
 def base_terms(prepared, work, n, X, b, A, e, V, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = scale A + (ds_0/dx) (b A + e V)."""
     d = work.direction.shape[0]
     F = work.features
-    for i in range(d):
-        a = prepared.scale[n, i]
-        for p in range(0, B, lanes(X)):
-            store(OUT, i, p, a * load(A, i, p))
+    scale_rows(prepared.scale[n], A, OUT, B)
     if work.base.weight.shape[0] > 0:
         direction_features(X, b, A, e, V, d, F, B)
-        add_hessian(
-            prepared.base, work.base, n, X, F, work.scratch, work.zero, OUT, B
-        )
+        add_hessian(prepared.base, work.base, n, X, F, work.scratch, work.zero, OUT, B)
 
 
-@inner
+@glue
+def base_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = a V + b (ds_0/dx) V."""
+    b = prepared.base_gain[n]
+    base_terms(prepared, work, n, X, b, V, b * 0, V, OUT, B)
+
+
+@glue
 def control_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT += e (ds_1/dx - ds_0/dx) V."""
     d = work.direction.shape[0]
     F, S, zero = work.features, work.scratch, work.zero
     e = prepared.control_gain[n]
@@ -416,42 +470,22 @@ def control_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def
     add_hessian(prepared.base, work.base, n, X, F, S, zero, OUT, B)
 
 
-@inner
+@glue
 def control_parameter_vjp(prepared, work, n, X, V, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + p] += e (ds_1/dtheta_p)^T V."""
     d = work.direction.shape[0]
     state, F, T = work.tilted, work.features, work.active
     e = prepared.control_gain[n]
     direction_features(X, e, V, e * 0, V, d, F, B)
     project(prepared.tilted, state, n, F, work.zero, B)
-    for q in range(prepared.active_column.shape[0]):
-        k, column = prepared.active_component[q], prepared.active_column[q]
-        for p in range(0, B, lanes(X)):
-            a = load(state.projection, k, p)
-            if column < d:
-                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
-                y = a * load(X, column, p) + gamma * load(F, column, p)
-            elif column < 2 * d:
-                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
-                x = load(X, column - d, p)
-                y = (a * x) * x + gamma * ((x + x) * load(F, column - d, p))
-            elif column == 2 * d:
-                y = a
-            else:
-                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
-                x = load(X, 0, p)
-                squares = x * x
-                cross = x * load(F, 0, p)
-                for i in range(1, d):
-                    x = load(X, i, p)
-                    squares = squares + x * x
-                    cross = cross + x * load(F, i, p)
-                y = a * squares + gamma * (cross + cross)
-            store(T, q, p, y)
+    component, column = prepared.active_component, prepared.active_column
+    parameter_features(component, column, state, X, F, T, d, B)
     add_product(prepared.derivative[n], T, OUT, row, B)
 
 
-@inner
+@glue
 def adjoint(prepared, work, n, X, A, V, NEXT, OUT, B):  # type: ignore[no-untyped-def]
+    """NEXT = `base_vjp` of A + `control_vjp` of V; OUT: `control_parameter_vjp`."""
     e = prepared.control_gain[n]
     F, S, zero = work.features, work.scratch, work.zero
     base_terms(prepared, work, n, X, prepared.base_gain[n], A, -e, V, NEXT, B)
@@ -460,18 +494,19 @@ def adjoint(prepared, work, n, X, A, V, NEXT, OUT, B):  # type: ignore[no-untype
     add_projected(prepared.tilted, work.tilted, n, X, F, S, zero, NEXT, B)
 
 
-@inner
+@glue
 def running_cost(prepared, work, n, X, OUT, row, B):  # type: ignore[no-untyped-def]
-    pass
+    """Nothing: there is none."""
 
 
-@inner
+@glue
 def running_cost_gradient(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
-    pass
+    """Nothing."""
 
 
-@inner
+@block_loop
 def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row] = log sum_k exp l_k(x)."""
     state = work.reward
     state_features(X, work.direction.shape[0], work.features, B)
     weigh(prepared.reward, state, 0, work.features, B)
@@ -480,10 +515,10 @@ def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
         out[p] = top[p] - log(inverse[p])
 
 
-@inner
+@block_loop
 def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = score of the reward's mixture."""
     state_features(X, work.direction.shape[0], work.features, B)
     score(prepared.reward, work.reward, 0, work.features, work.zero, B)
-    for i in range(work.direction.shape[0]):
-        for p in range(0, B, lanes(X)):
-            store(OUT, i, p, load(work.reward.score, i, p))
+    S = work.reward.score
+    combine(1.0, S, 0.0, S, OUT, B)

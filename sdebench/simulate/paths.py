@@ -48,7 +48,7 @@ class Paths:
 
     @property
     def log_weight(self) -> NDArray[Any]:
-        """Log importance weight exp(r - sum f) dP_base/dP_u of each path, (n_paths,)."""
+        """Log of exp(r - sum f) dP_base/dP_u of each path, (n_paths,)."""
         return self.reward - self.running_cost - self.martingale - self.control_cost
 
 

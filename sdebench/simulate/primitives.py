@@ -22,9 +22,11 @@ from sdebench.simulate.jit import OPTIONS
 from sdebench.simulate.linear import LinearWork, PreparedLinear
 from sdebench.simulate.mixture import MixtureWork, PreparedMixture
 from sdebench.simulate.tables import LinearTables, Tables
+from sdebench.simulate.tile import INTERNAL
 
 Prepared = PreparedLinear | PreparedMixture
 Work = LinearWork | MixtureWork
+ONCE_PER_BLOCK = ("start", "reward", "reward_gradient")
 
 
 def prepare(tables: Tables, dtype: DTypeLike) -> Prepared:
@@ -55,8 +57,11 @@ def primitive(stub: Callable[..., Any]) -> Callable[..., Any]:
         PreparedMixture: getattr(mixture, stub.__name__).py_func,
     }
 
+    options: Any = {**OPTIONS, **INTERNAL}
+    options["forceinline"] = stub.__name__ not in ONCE_PER_BLOCK
+
     # numba would compare argument names of this function with the implementation's
-    @overload(stub, jit_options=OPTIONS, strict=False)
+    @overload(stub, jit_options=options, strict=False)
     def choose(prepared, *args):  # type: ignore[no-untyped-def]
         return families.get(getattr(prepared, "instance_class", None))
 

@@ -8,18 +8,20 @@ arrays, and it compiles faster.  Products and sums may be fused (contracted): re
 differ by about one rounding error between processors with and without fused
 multiply-add.
 
-Arrays are C-contiguous, two-dimensional (rows, B + PADDING) with the paths of a block in
-the columns.  The padding keeps the rows from competing for the same cache sets: without
-it a product of 20 x 20 matrices runs at half the speed.  No index is checked.
+Arrays are C-contiguous, two-dimensional (rows, B + PADDING) with the paths of a block
+in the columns.  The padding keeps the rows from competing for the same cache sets:
+without it a product of 20 x 20 matrices runs at half the speed.  No index is checked.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.options import DefaultOptions
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import (
@@ -31,7 +33,7 @@ from numba.extending import (
 )
 
 from sdebench.simulate.elementary import exp_formula32, exp_formula64
-from sdebench.simulate.jit import OPTIONS, inline, inner
+from sdebench.simulate.jit import OPTIONS, inline, inner, kernel
 
 PADDING = 16
 """Extra columns of every buffer, in elements."""
@@ -39,6 +41,11 @@ LANES = 16
 """The block size must be a multiple of this (the lanes of float32)."""
 FLAGS = ("contract", "nsz")
 INDEX = ir.IntType(32)
+
+
+def instruction(function: Callable[..., Any]) -> Any:
+    """Register a numba intrinsic; its Python signature lacks the typing context."""
+    return intrinsic(function)
 
 
 class Vector(types.Type):
@@ -87,7 +94,7 @@ def address(context: Any, builder: Any, kind: Any, value: Any, i: Any, p: Any) -
     return builder.bitcast(pointer, vector_ir(Vector(kind.dtype)).as_pointer())
 
 
-@intrinsic
+@instruction
 def load(typingctx: Any, X: Any, i: Any, p: Any) -> Any:
     """Return elements ``X[i, p : p + lanes]``."""
     kind = Vector(X.dtype)
@@ -101,7 +108,7 @@ def load(typingctx: Any, X: Any, i: Any, p: Any) -> Any:
     return kind(X, types.intp, types.intp), build
 
 
-@intrinsic
+@instruction
 def store(typingctx: Any, X: Any, i: Any, p: Any, v: Any) -> Any:
     """Set elements ``X[i, p : p + lanes]``; a scalar goes to every lane."""
     kind = Vector(X.dtype)
@@ -118,7 +125,7 @@ def store(typingctx: Any, X: Any, i: Any, p: Any, v: Any) -> Any:
     return types.void(X, types.intp, types.intp, given), build
 
 
-@intrinsic
+@instruction
 def fill(typingctx: Any, X: Any, x: Any) -> Any:
     """Return a vector of the type of ``X`` with ``x`` in every lane."""
     kind = Vector(X.dtype)
@@ -129,7 +136,7 @@ def fill(typingctx: Any, X: Any, x: Any) -> Any:
     return kind(X, kind.dtype), build
 
 
-@intrinsic
+@instruction
 def lanes(typingctx: Any, X: Any) -> Any:
     """Return the number of paths in one vector: 8 in float64, 16 in float32."""
     count = Vector(X.dtype).lanes
@@ -155,8 +162,8 @@ def _operator(symbol: Any, instruction: str) -> None:
 
     def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         x, y = (
-            value if isinstance(a, Vector) else splat(builder, value, signature.return_type)
-            for a, value in zip(signature.args, values, strict=True)
+            v if isinstance(a, Vector) else splat(builder, v, signature.return_type)
+            for a, v in zip(signature.args, values, strict=True)
         )
         return getattr(builder, instruction)(x, y, flags=FLAGS)
 
@@ -173,7 +180,7 @@ for _symbol, _instruction in (
     _operator(_symbol, _instruction)
 
 
-@intrinsic
+@instruction
 def larger(typingctx: Any, a: Any, b: Any) -> Any:
     """Return the larger of a vector and a vector or scalar, lane by lane."""
     given = b if isinstance(b, Vector) else a.dtype
@@ -187,7 +194,7 @@ def larger(typingctx: Any, a: Any, b: Any) -> Any:
     return a(a, given), build
 
 
-@intrinsic
+@instruction
 def times_power_of_two(typingctx: Any, y: Any, t: Any) -> Any:
     """Return ``y * 2**n``, where the low bits of the float ``t`` hold the integer n."""
     mantissa = 52 if y.dtype == types.float64 else 23
@@ -217,19 +224,60 @@ def _exp32(x):  # type: ignore[no-untyped-def]
     return times_power_of_two(y, t)
 
 
+VECTOR_OPTIONS: Any = {**OPTIONS, "forceinline": True}
+
+
 def exp(x: Any) -> Any:
     """Exponential of a vector whose lanes are at most about zero (a shifted log)."""
     raise NotImplementedError
 
 
-@overload(exp, jit_options={**OPTIONS, "forceinline": True})
+@overload(exp, jit_options=VECTOR_OPTIONS)
 def _exp_by_precision(x):  # type: ignore[no-untyped-def]
     if x.dtype == types.float64:
         return lambda x: _exp64(x)
     return lambda x: _exp32(x)
 
 
-@inner
+BORROW: dict[str, Any] = {"_nrt": False} if hasattr(DefaultOptions, "_nrt") else {}
+"""Options of kernels that allocate nothing: count no references to the arguments.
+
+Counting costs more than a step of a small process: every view of a row, and every use
+of a tuple of arrays, would change atomic counters.
+"""
+
+
+INTERNAL: dict[str, Any] = {
+    **BORROW,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+"""Options of functions that only kernels call: no entry points for Python and C."""
+
+
+def path_kernel(function: Callable[..., Any]) -> Any:
+    """Compile an estimator's kernel: `kernel` without reference counts."""
+    return kernel(function, **BORROW)
+
+
+def block_loop(function: Callable[..., Any]) -> Any:
+    """Compile a loop over a whole block, as a function of its own.
+
+    (numba would inherit ``forceinline`` from a caller: copies in every caller would
+    cost seconds of compile time.)
+    """
+    return inner(function, forceinline=False, **INTERNAL)
+
+
+def glue(function: Callable[..., Any]) -> Any:
+    """Compile a primitive that only calls block loops into its callers.
+
+    Passing the hundreds of words of a tuple of arrays would cost more than a step.
+    """
+    return inline(function, **INTERNAL)
+
+
+@block_loop
 def affine(A, D, b, X, Y, B):  # type: ignore[no-untyped-def]
     """Y = A X + b for every path.
 
@@ -253,14 +301,24 @@ def affine(A, D, b, X, Y, B):  # type: ignore[no-untyped-def]
             store(Y, i + 1, p, y1)
             store(Y, i + 2, p, y2)
             store(Y, i + 3, p, y3)
-        for i in range(whole, rows):
+        if rows - whole > 1:
+            y0 = fill(X, b[whole])
+            y1 = fill(X, b[whole + 1])
+            for j in range(D):
+                x = load(X, j, p)
+                y0 = y0 + A[whole, j] * x
+                y1 = y1 + A[whole + 1, j] * x
+            store(Y, whole, p, y0)
+            store(Y, whole + 1, p, y1)
+        if rows % 2 == 1:
+            i = rows - 1
             y0 = fill(X, b[i])
             for j in range(D):
                 y0 = y0 + A[i, j] * load(X, j, p)
             store(Y, i, p, y0)
 
 
-@inner
+@block_loop
 def add_product(A, X, Y, first, B):  # type: ignore[no-untyped-def]
     """Rows first, first + 1, ... of Y += A X for every path: A (R, D), X (>= D, .)."""
     rows, D = A.shape
@@ -282,14 +340,25 @@ def add_product(A, X, Y, first, B):  # type: ignore[no-untyped-def]
             store(Y, r + 1, p, y1)
             store(Y, r + 2, p, y2)
             store(Y, r + 3, p, y3)
-        for i in range(whole, rows):
+        if rows - whole > 1:
+            r = first + whole
+            y0 = load(Y, r, p)
+            y1 = load(Y, r + 1, p)
+            for j in range(D):
+                x = load(X, j, p)
+                y0 = y0 + A[whole, j] * x
+                y1 = y1 + A[whole + 1, j] * x
+            store(Y, r, p, y0)
+            store(Y, r + 1, p, y1)
+        if rows % 2 == 1:
+            i = rows - 1
             y0 = load(Y, first + i, p)
             for j in range(D):
                 y0 = y0 + A[i, j] * load(X, j, p)
             store(Y, first + i, p, y0)
 
 
-@inner
+@block_loop
 def combine(a, X, b, Y, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = a X + b Y, row by row (OUT may be X or Y)."""
     for i in range(OUT.shape[0]):
@@ -297,7 +366,7 @@ def combine(a, X, b, Y, OUT, B):  # type: ignore[no-untyped-def]
             store(OUT, i, p, a * load(X, i, p) + b * load(Y, i, p))
 
 
-@inner
+@block_loop
 def clear(X, B):  # type: ignore[no-untyped-def]
     """X = 0, row by row."""
     for i in range(X.shape[0]):

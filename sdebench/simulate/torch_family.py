@@ -64,8 +64,8 @@ class TorchLinear:
     """`LinearTables` in torch."""
 
     def __init__(self, tables: LinearTables, dtype: torch.dtype, device: str) -> None:
-        self._t: Any = LinearTables(
-            *(torch.tensor(a, dtype=dtype, device=device) for a in tables)
+        self._t: Any = LinearTables._make(
+            torch.tensor(a, dtype=dtype, device=device) for a in tables
         )
         self.n_steps, self.dim = tables.offset.shape
         self.n_params = len(tables.basis)
@@ -140,12 +140,30 @@ class TorchMixture:
     """`MixtureTables` in torch."""
 
     def __init__(self, tables: MixtureTables, dtype: torch.dtype, device: str) -> None:
-        self._t: Any = MixtureTables(
-            *(torch.tensor(a, dtype=dtype, device=device) for a in tables)
+        self._t: Any = MixtureTables._make(
+            torch.tensor(a, dtype=dtype, device=device) for a in tables
         )
         self.n_steps, self.dim = tables.offset.shape
         self.n_params = len(tables.tilted_derivative)
         self._has_base = tables.base.shape[1] > 0
+        self._last: tuple[int, Tensor, int, Any, Any] | None = None
+
+    def _at(self, n: int, x: Tensor) -> tuple[Any, Any]:
+        """Return base and tilted log-quadratics at x; the last ones are remembered.
+
+        An adjoint step asks for several products at the same state.
+        """
+        last = self._last
+        if (
+            last is None
+            or last[:1] != (n,)
+            or last[1] is not x
+            or (last[2] != x._version)
+        ):
+            base = _LogQuadratics(self._t.base[n], x) if self._has_base else None
+            tilted = _LogQuadratics(self._t.tilted[n], x)
+            last = self._last = (n, x, x._version, base, tilted)
+        return last[3], last[4]
 
     def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
         t = self._t
@@ -154,17 +172,14 @@ class TorchMixture:
         return t.start_mean[index] + t.start_scale[index] * normals
 
     def control(self, n: int, x: Tensor) -> Tensor:
-        score = _LogQuadratics(self._t.tilted[n], x).score
-        if self._has_base:
-            score = score - _LogQuadratics(self._t.base[n], x).score
+        base, tilted = self._at(n, x)
+        score = tilted.score if base is None else tilted.score - base.score
         return self._t.control_gain[n] * score
 
     def base_mean(self, n: int, x: Tensor) -> Tensor:
+        base, _ = self._at(n, x)
         mean = self._t.scale[n] * x + self._t.offset[n]
-        if self._has_base:
-            score = _LogQuadratics(self._t.base[n], x).score
-            mean = mean + self._t.base_gain[n] * score
-        return mean
+        return mean if base is None else mean + self._t.base_gain[n] * base.score
 
     def apply_noise(self, n: int, v: Tensor) -> Tensor:
         return self._t.noise[n] * v
@@ -172,27 +187,27 @@ class TorchMixture:
     noise_transpose = apply_noise
 
     def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        base, _ = self._at(n, x)
         result = self._t.scale[n] * v
-        if self._has_base:
-            product = _LogQuadratics(self._t.base[n], x).hessian_product(v)
-            result = result + self._t.base_gain[n] * product
-        return result
+        if base is None:
+            return result
+        return result + self._t.base_gain[n] * base.hessian_product(v)
 
     def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
-        product = _LogQuadratics(self._t.tilted[n], x).hessian_product(v)
-        if self._has_base:
-            base = _LogQuadratics(self._t.base[n], x).hessian_product(v)
-            product = product - base
+        base, tilted = self._at(n, x)
+        product = tilted.hessian_product(v)
+        if base is not None:
+            product = product - base.hessian_product(v)
         return self._t.control_gain[n] * product
 
     def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
-        tilted = _LogQuadratics(self._t.tilted[n], x)
+        _, tilted = self._at(n, x)
         rows = self._t.tilted_derivative[:, n]  # (P, K, 2d + 1)
-        lin, quad, const = rows[..., : self.dim], rows[..., self.dim : -1], rows[..., -1]
+        lin, quad = rows[..., : self.dim], rows[..., self.dim : -1]
         values = (
             torch.einsum("bj,pkj->bpk", x, lin)
             + torch.einsum("bj,pkj->bpk", x * x, quad)
-            + const
+            + rows[..., -1]
         )
         weights = tilted.weights[:, None, :]
         centred = values - (weights * values).sum(2, keepdim=True)

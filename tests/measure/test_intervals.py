@@ -105,12 +105,12 @@ def test_norm_of_one_component_is_the_t_interval():
 
 
 def test_norm_in_many_directions_is_short():
-    """In 1000 isotropic directions the ball would end at 2 sqrt(1000/n)."""
-    n, dim = 10**6, 1000
+    """In 200 isotropic directions the ball would end at 2 sqrt(200/n)."""
+    n, dim = 10**6, 200
     difference = np.random.default_rng(2).standard_normal(dim) / sqrt(n)
     got = bias_norm(difference, np.eye(dim), n)
     assert got.low == 0.0
-    assert got.high * sqrt(n) < 17.0
+    assert got.high * sqrt(n) < 12.0
     blind = bias_norm(difference, np.ones(dim), n)
     assert blind.high > got.high
 

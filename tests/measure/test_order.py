@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import binom
 
 from sdebench.errors import ParameterError
+from sdebench.measure import order as module
 from sdebench.measure.order import fit_order
 
 FALSE_ALARM = 1e-4
@@ -71,7 +72,7 @@ def test_coverage_with_estimated_errors():
     assert covered < least
 
 
-def vector(rng, dim=10, noise=0.02):
+def vector(rng, dim=10, noise=0.12):
     direction = np.ones(dim) / np.sqrt(dim)
     root = noise * H[0] * np.diag(np.linspace(0.2, 2.0, dim))
     covariance = np.stack([root @ root.T * s for s in (1.0, 0.5, 0.25, 0.1)])
@@ -79,12 +80,45 @@ def vector(rng, dim=10, noise=0.02):
     return 1.0, H[:, None] * direction + np.array(noises), covariance
 
 
-def test_coverage_vector():
-    covered, least = count_covered(vector)
+def test_coverage_vector(monkeypatch):
+    draws = 1500
+    covered, least = count_covered(vector, draws)
     assert covered >= least
+    # mutation: length of the first bias not debiased, its noise not counted
+    right = module._project
+
+    def wrong(h, biases, errors, direction):
+        unit = biases[0] / np.linalg.norm(biases[0])
+        return biases @ unit, np.einsum("p,kpq,q->k", unit, errors, unit)
+
+    monkeypatch.setattr(module, "_project", wrong)
+    covered, least = count_covered(vector, draws)
+    assert covered < least
+    monkeypatch.setattr(module, "_project", right)
+
+
+def test_projection_is_unbiased():
+    """|b_1| times the projections has the mean beta_1.beta_k, within 4 errors."""
+    rng = np.random.default_rng(15)
+    values = []
+    for _ in range(2000):
+        _, bias, covariance = vector(rng)
+        scalar, _ = module._project(H, bias, covariance, None)
+        values.append(scalar * np.linalg.norm(bias[0]))
+    error = np.std(values, axis=0) / np.sqrt(2000)
+    # subtracted is tr S - v'Sv: the part along v is noise of the length itself
+    trace = np.trace(covariance[0])
+    largest = np.linalg.eigvalsh(covariance[0])[-1]
+    off = np.mean(values, axis=0) - H[0] * H
+    assert np.all(np.abs(off[1:]) < 4 * error[1:])
+    assert -4 * error[0] < off[0] < largest + 4 * error[0]
+    assert trace > largest + 8 * error[0]
+
+
+def test_forms_of_vector_errors():
     # independent components may be given by their standard errors
     rng = np.random.default_rng(12)
-    _, bias, covariance = vector(rng)
+    _, bias, covariance = vector(rng, noise=0.02)
     errors = np.sqrt(np.einsum("kpp->kp", covariance))
     one, two = fit_order(H, bias, covariance), fit_order(H, bias, errors)
     assert one.order == pytest.approx(two.order, abs=1e-6)

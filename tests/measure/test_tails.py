@@ -76,6 +76,25 @@ def test_pareto_estimate_is_centered():
     assert abs(np.mean(gammas) - 0.5) < 4 * np.std(gammas) / np.sqrt(200)
 
 
+def test_mixed_tail_uses_fewer_values():
+    """2 % Cauchy in a Gaussian: the line is refused, and fewer spacings are used.
+
+    For an exact power law it is refused in about 5 % of the draws.
+    """
+    rng = np.random.default_rng(10)
+    n, shorter, pure = 100_000, 0, 0
+    for _ in range(20):
+        values = rng.standard_normal(n)
+        some = rng.random(n) < 0.02
+        values[some] = rng.standard_cauchy(np.count_nonzero(some))
+        found = tail_index(top(values), n)
+        shorter += found.n_used < tail_size(n) - 1
+        assert found.low < 1.0 < found.high
+        pure += tail_index(top(1 / rng.random(n)), n).n_used < tail_size(n) - 1
+    assert shorter == 20
+    assert pure <= binom.isf(FALSE_ALARM, 20, 0.05)
+
+
 def test_log_domain_agrees():
     values = np.random.default_rng(2).standard_t(2, 20_000)
     direct = tail_index(top(values), 20_000)
@@ -110,7 +129,11 @@ def test_no_alarm_on_finite_variance(name):
 
 @pytest.mark.parametrize("name", INFINITE)
 def test_alarm_on_infinite_variance(name):
-    """At least 90 % alarms at n = 1e5, tested on 20 draws at the same rate."""
+    """At least 90 % alarms at n = 1e5, tested on 20 draws at the same rate.
+
+    Measured on 200 draws: 95 % (shifted) to 100 %; lognormal with sigma = 1.5 and the
+    product of 8 Gaussians give none, Student with alpha = 1.8 a third.
+    """
     rng = np.random.default_rng(4)
     draws, n = 20, 100_000
     alarms = sum(

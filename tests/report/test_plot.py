@@ -147,9 +147,9 @@ def test_color_is_the_estimator_and_does_not_depend_on_the_rest():
 
 
 def test_marker_is_the_family():
-    assert family("ou_quadratic_easy:dim=50") == family("damped_oscillator")
-    markers = [family(n)[1] for n in ("ou_linear", "gaussian_tilt", "two_modes", "x")]
-    assert len(set(markers)) == 4
+    classes = ("linear–quadratic", "Gaussian tilt", "mixture tilt", "pinned start", "x")
+    assert len({family(name)[1] for name in classes}) == 5
+    assert family("") == family("other")
 
 
 def test_an_interval_that_reaches_zero_has_an_arrow_and_no_marker(frame):
@@ -255,3 +255,14 @@ def test_errors_say_what_is_missing(some, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultsError, match="cannot be written"):
         figures(some, tmp_path / "file" / "folder", ("png",))
+
+
+def test_long_legends_stay_inside_the_figure(some):
+    long = some.assign(
+        estimator_label=[
+            f"{e}:an_option_with_a_long_name={i % 7}"
+            for i, e in enumerate(some.estimator)
+        ]
+    )
+    assert_legible(bias_figure(long))
+    assert_legible(work_precision_figure(long))

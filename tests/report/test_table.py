@@ -119,7 +119,7 @@ def test_where_the_exact_answer_is_zero_numbers_are_absolute(frame):
     assert row.relative_bias_low < row.relative_bias < row.relative_bias_high
     text = render(one)
     assert "†" in text.splitlines()[2]
-    assert "absolute: the exact answer is zero" in text
+    assert "absolute: the exact answer is zero or unknown" in text
 
 
 def test_rounding_noise_of_an_exact_zero_is_shown_as_zero(frame):
@@ -129,9 +129,11 @@ def test_rounding_noise_of_an_exact_zero_is_shown_as_zero(frame):
     one["variance_low"] = one["variance_high"] = 3e-30
     for key in ("relative_bias", "relative_bias_low", "relative_bias_high"):
         one[key] = 2e-15
+    one["tail_index"] = 3e15
     row = summary(one).iloc[0]
     assert row.relative_variance == row.relative_variance_high == 0.0
     assert row.relative_bias == row.relative_bias_high == 0.0
+    assert math.isnan(row.tail_index)
     assert render(one).count("0 (exact)") == 2
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: the asv suite, and speed ratios to other libraries (`bench.ratios`)."""

@@ -1,0 +1,42 @@
+"""The rows that a first look needs, of all that a suite measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HEADLINE_COLUMNS = (
+    "problem",
+    "estimator",
+    "bias",
+    "discretization",
+    "own",
+    "variance",
+    "cost",
+    "time",
+    "verdict",
+)
+
+
+def headline(frame: pd.DataFrame, point: str = "halfway") -> pd.DataFrame:
+    """Return the cells with every setting at its default, at one evaluation point.
+
+    One row per problem and estimator: default parameters, options and steps, numba,
+    float64, Euler-Maruyama.  Empty if none was measured.
+    """
+    if not len(frame):
+        return frame
+    plain = (
+        (frame["problem_label"] == frame["problem"])
+        & (frame["estimator_label"] == frame["estimator"])
+        & (frame["n_steps"] == frame["default_steps"])
+        & (frame["point"] == point)
+        & (frame["backend"] == "numba")
+        & (frame["dtype"] == "float64")
+        & (frame["scheme"] == "euler_maruyama")
+    )
+    chosen = frame[plain]
+    chosen.attrs.update(frame.attrs)
+    return chosen
