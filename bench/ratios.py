@@ -544,7 +544,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name, section in SECTIONS.items():
         if name in wanted or (name == "ceilings" and {"linear", "mixture"} & {*wanted}):
             print(f"{time.monotonic() - begin:6.0f} s  {name}", file=sys.stderr)
-            section(report, options)
+            try:
+                section(report, options)
+            except Exception as error:
+                # the other sections took minutes: keep them
+                report.warnings.append(f"section {name} failed: {error!r:.300}")
     report.settings = {
         "paths": options.paths,
         "repeats": options.repeats,

@@ -38,7 +38,7 @@ for name, problem, estimators in (
     chosen = [sdebench.estimator(e) for e in estimators]
     worker = NumbaWorker(tables, chosen, settings)
     begin = time.process_time()
-    worker.block(0, 0, 256)
+    worker.block(0, 0, worker.size)
     seconds[name] = time.process_time() - begin
 print(json.dumps(seconds))
 """
@@ -59,8 +59,10 @@ def _python(code: str, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        check=True,
     )
+    if done.returncode:
+        tail = done.stderr[-200:]
+        raise RuntimeError(f"start-up ended with {done.returncode}: {tail}")
     return done.stdout
 
 

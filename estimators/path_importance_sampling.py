@@ -50,9 +50,7 @@ class PathImportanceSampling(Estimator):
     """
 
     estimand: ClassVar[str] = "log_normalizer"
-    source: ClassVar[str] = (
-        "Girsanov weights; Kappen and Ruiz 2016, arXiv:1505.01874"
-    )
+    source: ClassVar[str] = "Girsanov weights; Kappen and Ruiz 2016, arXiv:1505.01874"
     unbiased: ClassVar[str] = (
         "Z of the discretized process before the logarithm, which biases by "
         "-Var(weight)/(2 n_paths Z^2)"

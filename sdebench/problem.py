@@ -196,23 +196,24 @@ class Problem(ABC):
         if steps is None:
             steps = self.default_steps
         if isinstance(steps, int | np.integer):
-            if steps < 1:
+            if steps < 1 or isinstance(steps, bool):
                 raise ParameterError(
                     f"n_steps {steps} is not allowed; give at least 1 time step"
                 )
             return np.linspace(start, end, int(steps) + 1)
-        times = np.asarray(steps, dtype=np.float64)
+        times = np.array(steps, dtype=np.float64)
+        rounding = 1e-12 * (end - start)
         if (
             times.ndim != 1
             or len(times) < 2
             or not np.all(np.diff(times) > 0)
-            or not np.isclose(times[0], start)
-            or not np.isclose(times[-1], end)
+            or not np.allclose(times[[0, -1]], (start, end), rtol=0.0, atol=rounding)
         ):
             raise ParameterError(
                 f"time grid {np.array2string(times, threshold=6)} is not allowed; give "
                 f"increasing times from {start:g} to {end:g}"
             )
+        times[[0, -1]] = start, end
         return times
 
 

@@ -42,7 +42,9 @@ class TiltingProblem(Problem):
         return self.build()
 
     def __post_init__(self) -> None:
-        # Build at once: a parameter out of range is refused where it is given.
+        # Build at once: a parameter out of range is refused where it is given, and so
+        # is a tilt without a normalizable law, even where h is finite for given X_0.
+        self.family.ideal_law(self.theta_star)
         self.family.tilt_rows(self.theta_star, self.time_span[0])
 
     @property

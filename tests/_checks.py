@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -116,7 +116,7 @@ def starts(problem, n_paths, seed):
     return sdebench.simulate(problem, **options).states[0].T
 
 
-# ---- 1: the Hamilton-Jacobi-Bellman equation --------------------------------------------
+# ---- 1: the Hamilton-Jacobi-Bellman equation ---------------------------------------
 
 
 def check_hjb(problem, tolerance=1e-8):
@@ -125,46 +125,38 @@ def check_hjb(problem, tolerance=1e-8):
     First derivatives of V along t, along b and along the columns of sigma, and of u*
     along the columns of sigma, by differences of order ten: sigma may be singular.
     """
+    errors = [_hjb_residual(problem, t, x, tolerance) for t, x in visited(problem)]
+    return require(errors, tolerance, "HJB residual")
+
+
+def _hjb_residual(problem, t, x, tolerance):
     truth, (start, end) = problem.truth, problem.time_span
-    worst = 0.0
-    for t, x in visited(problem):
-        step_t = min(min(t - start, end - t) / 6, 0.003 * (end - start))
-        step_x = 0.01
-        b, sigma = problem.drift(x, t), problem.diffusion(t)
-        u = truth.control(x, t)
-        in_time = derivative(lambda s: truth.value(x, t + s), step_t)
-        speed = np.linalg.norm(b, axis=-1, keepdims=True)
-        along = b / np.where(speed > 0, speed, 1.0)
-        drift = speed[:, 0] * derivative(
-            lambda s: truth.value(x + s * along, t), step_x
-        )
-        trace = np.zeros(len(x))
-        for j, column in enumerate(sigma.T):
-            size = np.linalg.norm(column)
-            if size == 0:
-                continue
+    step_t = min(min(t - start, end - t) / 6, 0.003 * (end - start))
+    step_x = 0.01
+    b, sigma = problem.drift(x, t), problem.diffusion(t)
+    u = truth.control(x, t)
+    in_time = derivative(lambda s: truth.value(x, t + s), step_t)
 
-            def moved(s, column=column, size=size):
-                return x + s * column / size
+    def slope_along(v):
+        return derivative(lambda s: truth.value(x + s * v, t), step_x)
 
-            slope = size * derivative(lambda s: truth.value(moved(s), t), step_x)
-            scale = np.max(np.abs(u)) + np.max(np.abs(slope)) + 1e-3
-            require(np.abs(u[:, j] + slope) / scale, tolerance, "u* = -sigma^T grad V")
-            trace -= size * derivative(
-                lambda s: truth.control(moved(s), t)[:, j], step_x
-            )
-        terms = np.array(
-            [
-                in_time,
-                drift,
-                0.5 * trace,
-                -0.5 * np.sum(u**2, axis=-1),
-                problem.running_cost(x, t),
-            ]
-        )
-        error = np.abs(terms.sum(axis=0)) / np.abs(terms).sum(axis=0)
-        worst = max(worst, require(error, tolerance, f"HJB residual at t = {t:.3g}"))
-    return worst
+    def divergence_along(v, j):
+        return derivative(lambda s: truth.control(x + s * v, t)[:, j], step_x)
+
+    speed = np.linalg.norm(b, axis=-1, keepdims=True)
+    drift = speed[:, 0] * slope_along(b / np.where(speed > 0, speed, 1.0))
+    trace = np.zeros(len(x))
+    for j, column in enumerate(sigma.T):
+        size = np.linalg.norm(column)
+        if size == 0:
+            continue
+        slope = size * slope_along(column / size)
+        scale = np.max(np.abs(u)) + np.max(np.abs(slope)) + 1e-3
+        require(np.abs(u[:, j] + slope) / scale, tolerance, "u* = -sigma^T grad V")
+        trace -= size * divergence_along(column / size, j)
+    control = 0.5 * np.sum(u**2, axis=-1)
+    terms = [in_time, drift, 0.5 * trace, -control, problem.running_cost(x, t)]
+    return np.max(np.abs(np.sum(terms, axis=0)) / np.sum(np.abs(terms), axis=0))
 
 
 def check_terminal_condition(problem, tolerance=1e-10):
@@ -174,7 +166,7 @@ def check_terminal_condition(problem, tolerance=1e-10):
     return require(gap / (1.0 + np.abs(reward)), tolerance, "V(x, T) = -r(x)")
 
 
-# ---- 2: a second route to h, log Z and the moments ----------------------------------------
+# ---- 2: a second route to h, log Z and the moments ---------------------------------
 
 
 def grid_dim(problem):
@@ -469,7 +461,7 @@ def check_linear_by_ode(problem, tolerance=1e-9):
     return worst
 
 
-# ---- 3 and 4: simulation ----------------------------------------------------------------
+# ---- 3 and 4: simulation -----------------------------------------------------------
 
 
 def _log_mean(values):
@@ -609,7 +601,7 @@ def check_log_weights(problem, n_paths=2**12, seed=300, tolerance=0.1):
     return slope
 
 
-# ---- 5: gradients -----------------------------------------------------------------------
+# ---- 5: gradients ------------------------------------------------------------------
 
 
 def thetas(problem, seed=5):
@@ -732,7 +724,7 @@ def check_matching_by_ode(problem, theta, tolerance=1e-8):
     return require(np.array(errors) / scale, tolerance, "J, matching gradient by ODE")
 
 
-# ---- 6: regret --------------------------------------------------------------------------
+# ---- 6: regret ---------------------------------------------------------------------
 
 
 def check_regret(problem, theta, tolerance=1e-10, **resolution):
@@ -759,7 +751,7 @@ def _control_gap(problem, theta, nodes=20, panels=2, refine=8.0):
     points, weights = leggauss(nodes)
     edges = np.linspace(start, end, panels + 1)
     total = 0.0
-    for left, right in zip(edges[:-1], edges[1:], strict=True):
+    for left, right in pairwise(edges):
         half = 0.5 * (right - left)
         for point, weight in zip(points, weights, strict=True):
             t = left + half * (point + 1.0)
@@ -805,7 +797,7 @@ def check_regret_by_simulation(problem, theta, n_paths=2**13, n_steps=64, seed=4
     return require_zero(2 * fine - coarse, error, what, floor)
 
 
-# ---- tables -----------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------
 
 
 def table_step(tables, n, x):

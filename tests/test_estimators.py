@@ -20,6 +20,7 @@ from _mutants import (
     Baseline,
     OwnPathBaseline,
 )
+from scipy.stats import binom
 
 from sdebench import registry
 from sdebench.closed_form.affine_chain import AffineChain
@@ -35,6 +36,15 @@ from sdebench.view import View
 FALSE_ALARM = 1e-4
 POINTS = ("zero", "halfway", "optimum", "overshoot")
 GRIDS = (("euler_maruyama", 7), ("exponential", 1.5))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """Blocks are small here: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @functools.cache
@@ -165,7 +175,7 @@ def test_products_match_automatic_differentiation(name):
     def close(mine, values, vector):
         reference = torch.zeros_like(x)
         if values.requires_grad:
-            (reference,) = torch.autograd.grad(values, x, vector)
+            (reference,) = torch.autograd.grad(values, x, vector, retain_graph=True)
         torch.testing.assert_close(mine.detach(), reference, rtol=1e-11, atol=1e-11)
 
     ones = torch.ones(6, dtype=torch.float64)
@@ -604,8 +614,10 @@ def test_pathwise_and_reinforce_agree_on_mixtures(spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["two_modes", "follmer_mixture"])
-def test_bias_of_pathwise_on_mixtures_is_of_first_order(spec):
+@pytest.mark.parametrize(
+    ("spec", "point"), [("two_modes", "halfway"), ("four_modes", "zero")]
+)
+def test_bias_of_pathwise_on_mixtures_is_of_first_order(spec, point):
     """The interval of the fitted order holds 1 and excludes 1/2 and 3/2."""
     chosen = problem(spec)
     ladder = (8, 12, 16, 24, 32, 48)
@@ -613,7 +625,7 @@ def test_bias_of_pathwise_on_mixtures_is_of_first_order(spec):
         measure(
             chosen,
             "pathwise",
-            point="halfway",
+            point=point,
             n_steps=n,
             n_paths=4096,
             n_replicates=500,
@@ -771,12 +783,12 @@ def test_wrong_estimators_are_caught_and_right_ones_are_not(cell):
 def test_rate_of_false_alarms_over_many_seeds():
     """The verdict "biased" has a false-alarm rate of 0.001 per cell.
 
-    24 cells of right estimators x 40 seeds: at most 8 alarms, exceeded by chance with
-    probability below 1e-5.
+    Five right estimators in five cells with 40 seeds.  Those on the same problem and
+    seed share their noise and err together: at most 10 x 0.001 per problem and seed.
     """
-    alarms = []
     cells = sorted(set(MUTANTS.values()))
     group = [kind() for kind in CORRECT if kind is not Baseline]
+    alarms = set()
     for seed in range(40):
         for cell in cells:
             measured = measure_group(
@@ -789,9 +801,7 @@ def test_rate_of_false_alarms_over_many_seeds():
                 n_paths=512,
                 n_replicates=8,
             )
-            alarms += [
-                (cell, m.row["estimator"], seed)
-                for m in measured
-                if m.row["verdict"] == "biased"
-            ]
-    assert len(alarms) <= 8, alarms
+            if any(m.row["verdict"] == "biased" for m in measured):
+                alarms.add((cell[0], seed))
+    draws = 40 * len({name for name, _ in cells})
+    assert len(alarms) <= binom.isf(FALSE_ALARM, draws, 0.01), alarms

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from _mutants import Choosy, NotFinite, TorchOnly
 from scipy.stats import binom
 
@@ -23,6 +24,16 @@ from sdebench.estimator import Estimator
 from sdebench.measure import engine, measure, measure_group
 from sdebench.measure.memory import PeakMemory
 from sdebench.problem import Problem
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """Blocks are small here: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 SMALL = {"n_steps": 4, "n_paths": 48, "n_replicates": 20}
 # Columns that say how long it took and when, not what came out.
@@ -151,7 +162,8 @@ def test_the_size_of_blocks_changes_rounding_only(monkeypatch, backend):
         monkeypatch.setattr(engine, "TORCH_ELEMENTS", 256)
     parts = measure_group("two_modes", group, **settings)
     for a, b in zip(whole, parts, strict=True):
-        for key in ("mean", "std_error", "variance", "kurtosis", "tail_index"):
+        # Not the tail index: it is centered at the median of the first block.
+        for key in ("mean", "std_error", "variance", "kurtosis"):
             np.testing.assert_allclose(a.row[key], b.row[key], rtol=1e-9, err_msg=key)
 
 
@@ -349,7 +361,20 @@ def test_not_a_number_does_not_hold_up_a_target():
 
 def test_overflow_of_a_simulation_is_a_numerical_error():
     with pytest.raises(NumericalError, match="theta closer to the optimum"):
-        measure("damped_oscillator", "pathwise", point=[-1e200, 0.0, 0.0], **SMALL)
+        measure("brownian_linear", "pathwise", point=[1e200, 0.0, 0.0], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "theta"),
+    [
+        ("two_modes", [1e200, 0.0]),
+        ("gaussian_tilt", [1e160, 0.0]),
+        ("damped_oscillator", [-300.0, 0.0, 0.0]),
+    ],
+)
+def test_overflow_of_the_exact_answer_is_a_numerical_error(name, theta):
+    with pytest.raises(NumericalError, match="overflows"):
+        measure(name, "pathwise", point=theta, **SMALL)
 
 
 def test_not_applicable_comes_with_the_reason():
@@ -437,7 +462,8 @@ def test_intervals_of_the_own_bias_cover_the_exact_answer(name):
     """200 seeds: simultaneous 95 % intervals, binomial bound at 1e-4 for all tests.
 
     Bonferroni and Hotelling are conservative, so only the lower bound is tested; the
-    p-values below 5 % are counted by the same bound.
+    p-values below 5 % are counted by the same bound.  Intervals of 0.6 times the width
+    would be refused.
     """
     problem = registry.problem(name)
     group = [
@@ -447,7 +473,7 @@ def test_intervals_of_the_own_bias_cover_the_exact_answer(name):
         registry.estimator("reinforce"),
     ]
     covered = np.zeros(len(group), int)
-    rejected = np.zeros(len(group), int)
+    rejected, narrow = np.zeros_like(covered), np.zeros_like(covered)
     for seed in range(SEEDS):
         rows = measure_group(
             problem,
@@ -464,30 +490,14 @@ def test_intervals_of_the_own_bias_cover_the_exact_answer(name):
             slack = 1e-12 * row["scale"]  # offset components have no variance
             covered[i] += bool(np.all((low <= slack) & (high >= -slack)))
             rejected[i] += row["p_value_own"] < 0.05
+            half = 0.5 * (high - low)
+            narrow[i] += bool(np.all(np.abs(row["bias_own"]) <= 0.6 * half + slack))
     tests = 2 * 2 * len(group)
-    assert np.all(covered >= binom.ppf(COVERAGE_FALSE_ALARM / tests, SEEDS, 0.95))
+    least = binom.ppf(COVERAGE_FALSE_ALARM / tests, SEEDS, 0.95)
+    assert np.all(covered >= least)
     assert np.all(rejected <= binom.isf(COVERAGE_FALSE_ALARM / tests, SEEDS, 0.05))
-    # The check is not empty: intervals half as wide would fail it.
-    assert np.all(covered > 0)
-
-
-def test_coverage_check_refuses_intervals_that_are_too_short():
-    """The same bound on intervals of 0.6 times the width: coverage 76 %."""
-    hits = 0
-    for seed in range(SEEDS):
-        row = measure(
-            "damped_oscillator",
-            "path_importance_sampling:proposal=optimal",
-            n_steps=3,
-            n_paths=512,
-            n_replicates=20,
-            seed=20_000 + seed,
-        ).row
-        (bias,), (low,), (high,) = (
-            row[key] for key in ("bias_own", "bias_own_low", "bias_own_high")
-        )
-        hits += abs(bias) <= 0.6 * 0.5 * (high - low)
-    assert hits < binom.ppf(COVERAGE_FALSE_ALARM / 16, SEEDS, 0.95)
+    if name == "damped_oscillator":  # every component has variance there
+        assert np.all(narrow < least)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 import sdebench
 
-# ---- the fine-tuning toy of TR-BSDE ---------------------------------------------------------
+# ---- the fine-tuning toy of TR-BSDE ------------------------------------------------
 
 # beta, J(u*) from N(0, 1), -log Z of the ideal tilt, -log E h from N(0, 1).
 TWO_MODES = [
@@ -67,7 +67,7 @@ def test_two_modes_by_adaptive_quadrature(beta):
     np.testing.assert_allclose(truth.h(nodes[:, None], 0.0), values, rtol=1e-9)
 
 
-# ---- quadratic Ornstein-Uhlenbeck settings of SOC Matching ----------------------------------
+# ---- quadratic Ornstein-Uhlenbeck settings of SOC Matching -------------------------
 
 SOC_MATCHING = {
     # F(0), its value by the authors' Euler scheme of 50 steps, int F, J(u*) at d = 20
@@ -108,7 +108,7 @@ def test_soc_matching_table(name):
     ("name", "share"), [("ou_quadratic_easy", 2.343), ("ou_quadratic_hard", 3.060)]
 )
 def test_distance_of_the_discrete_optimum(name, share):
-    """u*_N against u* at 50 steps, relative to u*, on the chain's optimal paths, in %."""
+    """u*_N against u* at 50 steps, in % of u*, on the chain's optimal paths."""
     problem = sdebench.problem(name)
     truth, n_steps = problem.truth, 50
     tables = problem.tables(problem.theta_star, problem.time_grid(n_steps))
@@ -141,7 +141,7 @@ def test_discrete_optimum_by_scalar_dynamic_programming():
         P = 2 * problem.state_cost * h + P * (1 + h * a) ** 2 / (1 + h * P)
 
 
-# ---- the initial-value bias of constant noise -----------------------------------------------
+# ---- the initial-value bias of constant noise --------------------------------------
 
 
 @pytest.mark.parametrize(("sigma", "realized"), [(1.0, 79.2), (0.2, 6.1)])
@@ -181,7 +181,7 @@ def test_constant_noise_widens_a_quadratic_tilt():
     assert variance == pytest.approx(closed, rel=1e-13)
 
 
-# ---- the damped oscillator of TR-BSDE -------------------------------------------------------
+# ---- the damped oscillator of TR-BSDE ----------------------------------------------
 
 
 @pytest.mark.parametrize("noise_level", [0.5, 1.0, 5.0])
@@ -230,7 +230,7 @@ def test_costate_of_the_uncontrolled_oscillator(noise_level):
     )
 
 
-# ---- one line each --------------------------------------------------------------------------
+# ---- one line each -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [1, 3])

@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 
 import sdebench
+from sdebench.errors import ParameterError
 from sdebench.linear_problem import LinearProblem
 from sdebench.simulate.tables import LinearTables
 from sdebench.tilting_problem import TiltingProblem
@@ -199,3 +200,12 @@ def test_both_classes_of_problems_are_in_the_catalogue():
     others = [isinstance(p, LinearProblem) for p in checks.all_problems()]
     assert any(kinds)
     assert any(others)
+
+
+@pytest.mark.parametrize(
+    "steps", [0, -3, True, [0.0, 0.5], [0.0, 0.5, 1.000009], [0.0, 0.6, 0.5, 1.0]]
+)
+def test_a_wrong_grid_is_refused(steps):
+    problem = sdebench.problem("two_modes")
+    with pytest.raises(ParameterError, match="not allowed; give"):
+        problem.time_grid(steps)

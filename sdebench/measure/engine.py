@@ -27,7 +27,9 @@ Array = NDArray[np.float64]
 
 LANES = 8
 BLOCK = 256
-"""Paths per numba block: its states and noise stay in the level-2 cache."""
+"""Paths per block: long enough to hide the loops' overhead, short enough for caches."""
+WIDE_BLOCK, WIDE_DIM = 128, 8
+"""From this dimension on stored paths of 256 columns leave the level-2 cache."""
 TOP_VALUES = 4096
 TORCH_ELEMENTS = 1 << 19
 """States (paths x dim) that torch handles at a time."""
@@ -61,7 +63,8 @@ class NumbaWorker:
         from sdebench.simulate.primitives import prepare, workspace
         from sdebench.simulate.tile import LANES as COLUMNS
 
-        self.size = min(BLOCK, -(-settings.n_paths // COLUMNS) * COLUMNS)
+        block = BLOCK if tables.offset.shape[1] < WIDE_DIM else WIDE_BLOCK
+        self.size = min(block, -(-settings.n_paths // COLUMNS) * COLUMNS)
         self._columns = COLUMNS
         self._prepared = prepare(tables, settings.dtype)
         self._work = workspace(self._prepared, self.size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import mpmath
 import numpy as np
 import pytest
@@ -114,7 +116,7 @@ def test_integral_of_the_inverse_variance(schedule, data_variance):
         a, b = (s * schedule.horizon for s in share)
         panels = np.linspace(a, b, 9)
         total = 0.0
-        for left, right in zip(panels[:-1], panels[1:], strict=True):
+        for left, right in itertools.pairwise(panels):
             t = left + 0.5 * (right - left) * (nodes + 1.0)
             q = schedule.alpha(t) ** 2 * data_variance + schedule.variance(t)
             total += 0.5 * (right - left) * np.sum(weights / q)

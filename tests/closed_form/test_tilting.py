@@ -366,7 +366,7 @@ def test_far_states_and_strong_tilts_stay_finite():
     assert bound < 1e-9 * abs(value)
 
 
-# ---- errors -------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------
 
 
 def test_a_tilt_that_is_not_integrable_names_the_eigenvalue():
@@ -410,7 +410,7 @@ def test_what_is_not_exact_says_so():
         given.objective_and_gradient(np.zeros(1))
 
 
-# ---- the algebra of exponents ----------------------------------------------------------
+# ---- the algebra of exponents ------------------------------------------------------
 
 
 def test_gaussian_integral_of_rows():
