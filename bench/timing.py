@@ -60,7 +60,8 @@ def interleave(
     repeats : rounds; every round runs all cases once.
     least : seconds per sample; short cases are called several times.
     """
-    calls, samples = {}, {name: [] for name in cases}
+    calls: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in cases}
     for name, function in cases.items():
         spent = _spent(function)
         if spent < 100 * least:

@@ -431,7 +431,7 @@ def run(
     else:
         _print_table(frame, format)
     if plot and (frame["status"] == "ok").any():
-        for path in _figures(frame, folder / suite / "figures"):
+        for path in _figures(frame, folder / suite / "figures", ("png",)):
             click.echo(str(path), err=format is not None)
     failed = frame[frame["status"] == "failed"]
     if len(failed):

@@ -25,8 +25,10 @@ from sdebench.closed_form.affine_chain import AffineChain
 from sdebench.closed_form.linear_quadratic import LinearQuadratic
 from sdebench.errors import NotExactError
 from sdebench.problem import (
+    EULER,
     Array,
     Problem,
+    Steps,
     Truth,
     as_states,
     as_time,
@@ -321,9 +323,13 @@ class LinearTruth(Truth):
 
         return gain, bias
 
-    def _chain(self, theta: Any, n_steps: Any) -> tuple[AffineChain, Any]:
+    def _chain(
+        self, theta: Any, n_steps: Any, scheme: str = EULER
+    ) -> tuple[AffineChain, Any]:
         problem = self._problem
-        tables = problem.tables(problem.theta(theta), problem.time_grid(n_steps))
+        tables = problem.tables(
+            problem.theta(theta), problem.time_grid(n_steps), scheme
+        )
         derivatives = (
             np.einsum("psn,snij->pnij", tables.basis, tables.feature_gain),
             np.einsum("psn,sni->pni", tables.basis, tables.feature_bias),
@@ -331,14 +337,14 @@ class LinearTruth(Truth):
         chain = AffineChain.from_tables(tables)
         return chain, (tables.gain, tables.bias, *derivatives)
 
-    def log_normalizer(self, n_steps: int | None = None) -> float:
+    def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         if n_steps is not None:
-            return self._chain("zero", n_steps)[0].log_normalizer()
+            return self._chain("zero", n_steps, scheme)[0].log_normalizer()
         return self._model.log_normalizer()
 
-    def optimal_cost(self, n_steps: int | None = None) -> float:
+    def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         if n_steps is not None:
-            return self._chain("zero", n_steps)[0].optimal_cost()
+            return self._chain("zero", n_steps, scheme)[0].optimal_cost()
         return self._model.optimal_cost()
 
     def _policy_objective(self, theta: Any) -> Any:
@@ -357,21 +363,25 @@ class LinearTruth(Truth):
             )
         return self._matchings[key]
 
-    def objective(self, theta: Any, n_steps: int | None = None) -> float:
+    def objective(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> float:
         if n_steps is not None:
-            chain, (gain, bias, _, _) = self._chain(theta, n_steps)
+            chain, (gain, bias, _, _) = self._chain(theta, n_steps, scheme)
             return chain.objective(gain, bias)
         return float(self._policy_objective(theta).objective)
 
-    def gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
         if n_steps is not None:
-            chain, coefficients = self._chain(theta, n_steps)
+            chain, coefficients = self._chain(theta, n_steps, scheme)
             return chain.gradient(*coefficients)
         return np.asarray(self._policy_objective(theta).gradient)
 
-    def matching_gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+    def matching_gradient(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> Array:
         if n_steps is not None:
-            chain, coefficients = self._chain(theta, n_steps)
+            chain, coefficients = self._chain(theta, n_steps, scheme)
             return chain.matching_gradient(*coefficients)
         return np.asarray(self._policy_matching(theta).gradient)
 
@@ -397,10 +407,12 @@ class LinearTruth(Truth):
         root = np.sqrt(times[step + 1] - times[step])
         return (as_states(x, self._problem.dim) @ gain[step].T + bias[step]) / root
 
-    def control_error(self, theta: Any, n_steps: int | None = None) -> float:
+    def control_error(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> float:
         if n_steps is None:
             return float(np.sqrt(self._model.control_error(*self._law(theta)).value))
-        chain, (gain, bias, _, _) = self._chain(theta, n_steps)
+        chain, (gain, bias, _, _) = self._chain(theta, n_steps, scheme)
         return float(
             np.sqrt(chain.control_distance(gain, bias, *chain.optimal_feedback()))
         )

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # The size of the quick suite: 40 s warm on two cores, three minutes cold.
 QUICK_POINTS = ("halfway", "optimum")
 QUICK_PATHS = 256
-QUICK_REPLICATES = 64
+QUICK_REPLICATES = 128
+QUICK_TORCH_REPLICATES = 16  # 256 paths are few for torch: its overhead decides
 QUICK_LADDER = (0.25, 0.5, 1.0, 2.0)
 
 FULL_POINTS = ("zero", "halfway", "optimum", "overshoot")
@@ -149,7 +150,9 @@ def _quick(seed: int) -> Iterator[Cell]:
             def cell(
                 point: str, n_steps: int, _e: str = estimator, _p: str = spec, **o: str
             ) -> Cell:
-                size = QUICK_PATHS, QUICK_REPLICATES
+                torch = o.get("backend") == "torch"
+                count = QUICK_TORCH_REPLICATES if torch else QUICK_REPLICATES
+                size = QUICK_PATHS, count
                 return Cell(_p, _e, point, n_steps, *size, seed=seed, **o)  # type: ignore[arg-type]
 
             yield from (cell(point, n_steps) for point in QUICK_POINTS)

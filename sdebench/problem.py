@@ -39,6 +39,9 @@ POINTS: Mapping[str, float] = {
 """Evaluation points, as multiples of the optimal parameters."""
 
 SCHEMES = ("euler_maruyama", "exponential")
+EULER = SCHEMES[0]
+Steps = int | Sequence[float] | Array | None
+"""A number of uniform steps, a time grid, or None for continuous time."""
 
 ESTIMANDS = {
     "gradient": "gradient of the control objective J",
@@ -264,9 +267,9 @@ class Truth:
     """Exact answers of one problem, for the harness only.
 
     Every method raises `NotExactError` with the reason where no exact answer exists.
-    ``n_steps`` asks for the answer of the N-step discretization instead of continuous
-    time; it may also be a grid.  `error_bound` tells how far an answer that needs
-    quadrature may be off; it is 0 for closed forms up to rounding.
+    ``n_steps`` asks for the answer of the N-step discretization, by ``scheme``, instead
+    of continuous time; it may also be a grid.  `error_bound` tells how far an answer
+    that needs quadrature may be off; it is 0 for closed forms up to rounding.
     """
 
     def control(self, x: Array, t: float) -> Array:
@@ -281,23 +284,27 @@ class Truth:
         """Return h(x, t) = E[exp(r(X_T) - int f) | X_t = x] under the base."""
         return np.exp(-self.value(x, t))
 
-    def log_normalizer(self, n_steps: int | None = None) -> float:
+    def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         """Return log Z = log E_{p_0} h(X_0, t_0)."""
         raise NotImplementedError
 
-    def objective(self, theta: Any, n_steps: int | None = None) -> float:
+    def objective(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> float:
         """Return J(theta) = E int (1/2 |u|^2 + f) dt - E r(X_T)."""
         raise NotImplementedError
 
-    def gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
         """Return the gradient of J, (P,)."""
         raise NotImplementedError
 
-    def matching_gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+    def matching_gradient(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> Array:
         """Return the gradient of the adjoint-matching loss at its own control, (P,)."""
         raise NotImplementedError
 
-    def optimal_cost(self, n_steps: int | None = None) -> float:
+    def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         """Return the least objective, J(u*) = -E_{p_0} log h(X_0, t_0)."""
         raise NotImplementedError
 
@@ -316,7 +323,9 @@ class Truth:
             "problems only"
         )
 
-    def control_error(self, theta: Any, n_steps: int | None = None) -> float:
+    def control_error(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> float:
         """Return (E_theta int |u_theta - u*|^2 dt)^(1/2).
 
         With ``n_steps``: the distance from u*_N under the N-step chain.  In continuous
@@ -335,7 +344,11 @@ class Truth:
         return 0.0
 
     def answer(
-        self, estimand: str, theta: Any, n_steps: int | None = None
+        self,
+        estimand: str,
+        theta: Any,
+        n_steps: Steps = None,
+        scheme: str = EULER,
     ) -> Array | None:
         """Return the exact value of an estimand as a vector, or None if there is none.
 
@@ -348,9 +361,9 @@ class Truth:
             raise unknown("estimand", estimand, ESTIMANDS)
         try:
             if estimand == "log_normalizer":
-                return np.array([self.log_normalizer(n_steps)])
+                return np.array([self.log_normalizer(n_steps, scheme)])
             method = getattr(self, estimand)
-            return np.asarray(method(theta, n_steps))
+            return np.asarray(method(theta, n_steps, scheme))
         except NotExactError:
             return None
 

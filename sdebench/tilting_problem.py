@@ -14,8 +14,10 @@ from sdebench.closed_form import log_quadratics as lq
 from sdebench.closed_form.tilting import TiltingFamily
 from sdebench.errors import NotExactError
 from sdebench.problem import (
+    EULER,
     Array,
     Problem,
+    Steps,
     Truth,
     as_states,
     as_time,
@@ -165,7 +167,9 @@ class TiltingTruth(Truth):
         """Return the control u_theta(x, t), shape of x (..., d)."""
         return self._family.control(*self._at(x, t), self._problem.theta(theta))
 
-    def _chain(self, theta: Any, n_steps: Any) -> tuple[AffineChain, Any]:
+    def _chain(
+        self, theta: Any, n_steps: Any, scheme: str = EULER
+    ) -> tuple[AffineChain, Any]:
         if not self._family.affine:
             raise NotExactError(
                 "the discretized objective is exact on linear-quadratic and Gaussian "
@@ -173,35 +177,39 @@ class TiltingTruth(Truth):
             )
         problem = self._problem
         times = problem.time_grid(n_steps)
-        return affine_chain(problem.tables(problem.theta(theta), times))
+        return affine_chain(problem.tables(problem.theta(theta), times, scheme))
 
-    def log_normalizer(self, n_steps: int | None = None) -> float:
+    def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         if n_steps is not None:
-            chain, _ = self._chain(self._family.theta_star, n_steps)
+            chain, _ = self._chain(self._family.theta_star, n_steps, scheme)
             return chain.log_normalizer()
         return self._family.log_normalizer()[0]
 
-    def objective(self, theta: Any, n_steps: int | None = None) -> float:
+    def objective(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> float:
         if n_steps is not None:
-            chain, (gain, bias, _, _) = self._chain(theta, n_steps)
+            chain, (gain, bias, _, _) = self._chain(theta, n_steps, scheme)
             return chain.objective(gain, bias)
         return self._family.objective_and_gradient(self._problem.theta(theta))[0]
 
-    def gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
         if n_steps is not None:
-            chain, coefficients = self._chain(theta, n_steps)
+            chain, coefficients = self._chain(theta, n_steps, scheme)
             return chain.gradient(*coefficients)
         return self._family.objective_and_gradient(self._problem.theta(theta))[1]
 
-    def matching_gradient(self, theta: Any, n_steps: int | None = None) -> Array:
+    def matching_gradient(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> Array:
         if n_steps is not None:
-            chain, coefficients = self._chain(theta, n_steps)
+            chain, coefficients = self._chain(theta, n_steps, scheme)
             return chain.matching_gradient(*coefficients)
         return self._family.matching_gradient(self._problem.theta(theta))[0]
 
-    def optimal_cost(self, n_steps: int | None = None) -> float:
+    def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         if n_steps is not None:
-            chain, _ = self._chain(self._family.theta_star, n_steps)
+            chain, _ = self._chain(self._family.theta_star, n_steps, scheme)
             return chain.optimal_cost()
         return self.objective("optimum")
 
@@ -245,10 +253,12 @@ class TiltingTruth(Truth):
         root = np.sqrt(times[step + 1] - times[step])
         return (as_states(x, self._problem.dim) @ gain[step].T + bias[step]) / root
 
-    def control_error(self, theta: Any, n_steps: int | None = None) -> float:
+    def control_error(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> float:
         if n_steps is None:
             return super().control_error(theta)
-        chain, (gain, bias, _, _) = self._chain(theta, n_steps)
+        chain, (gain, bias, _, _) = self._chain(theta, n_steps, scheme)
         return float(
             np.sqrt(chain.control_distance(gain, bias, *chain.optimal_feedback()))
         )

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sdebench.errors import ParameterError
+from sdebench.errors import NumericalError, ParameterError
 
 from .collocation import (
     Array,
@@ -49,6 +49,8 @@ from .hamiltonian import (
 from .validation import check_array, check_covariance
 
 _EPS = float(np.finfo(np.float64).eps)
+# Panels grow with |A + sigma K| T: beyond this a feedback is a mistake or stiff.
+_STIFFEST = 400.0
 
 
 class PolicyObjective(NamedTuple):
@@ -366,6 +368,13 @@ class LinearQuadratic:
             )
             for t in samples
         )
+        if not norm * self.horizon <= _STIFFEST:
+            raise NumericalError(
+                "the exact objective needs a feedback of moderate size: "
+                f"|A + sigma K| T = {norm * self.horizon:.3g}, at most "
+                f"{_STIFFEST:g} is allowed; choose a theta closer to zero or to the "
+                "optimum"
+            )
         base = [max(1, int(np.ceil(0.5 * norm * w))) for w in np.diff(ends)]
         previous, value, bound = None, np.empty(0), np.inf
         for level in range(6):
@@ -382,6 +391,11 @@ class LinearQuadratic:
                 if change <= rounding:
                     break
             previous = value
+        if not np.all(np.isfinite(value)):
+            raise NumericalError(
+                "the exact objective overflows under this feedback; choose a theta "
+                "closer to zero or to the optimum"
+            )
         return value, bound
 
     @staticmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,8 @@ class Request:
 
 
 def _positive(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or int(value) != value or value < least:
+    number = float(value) if isinstance(value, int | float | np.number) else math.nan
+    if isinstance(value, bool) or not number.is_integer() or number < least:
         raise ParameterError(f"{name} {value!r} must be a whole number >= {least}")
     return int(value)
 
@@ -181,7 +183,7 @@ def measure(
     seed : of the counter-based noise, in [0, 2^64).
     target : stop when the half-width of the bias interval is this fraction of the
         exact answer's norm; budget : stop after this many seconds.
-    threads : worker threads (numba).
+    threads : worker threads of numba, or threads of torch.
     progress : called with (replicates done, replicates planned).
 
     Raises
@@ -232,7 +234,7 @@ def measure_group(
                 "reason": reason,
             }
     # One BLAS thread: the matrices are small, and results must not depend on it.
-    with threadpool_limits(1, user_api="blas"):
+    with threadpool_limits(1, user_api="blas"), _torch_threads(request):
         for control, indices in controls.items():
             group = [chosen[i] for i in indices]
             measured = _simulate(request, control, group, progress)
@@ -241,12 +243,27 @@ def measure_group(
     return [Measurement(rows[i] | errors) for i in range(len(chosen))]
 
 
+@contextmanager
+def _torch_threads(request: Request) -> Iterator[None]:
+    """Give torch as many threads as were asked for, and undo it."""
+    if request.backend != "torch":
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _control_errors(request: Request) -> dict[str, float]:
     """Return the distances of the control from u* and from u*_N."""
     truth = request.problem.truth
-    grid: Any = request.times
     try:
-        discrete = truth.control_error(request.theta, grid)
+        discrete = truth.control_error(request.theta, request.times, request.scheme)
     except NotExactError:
         discrete = math.nan
     return {
@@ -379,14 +396,10 @@ class Judge:
         self._request, self._estimator = request, estimator
         truth = request.problem.truth
         estimand = estimator.estimand
-        grid: Any = request.times
-        uniform = np.allclose(np.diff(grid), grid[1] - grid[0], rtol=1e-9)
+        grid = request.times
         self.truth = truth.answer(estimand, request.theta)
-        # The exact N-step answers are those of the Euler-Maruyama chain.
-        self.discrete = (
-            truth.answer(estimand, request.theta, len(grid) - 1 if uniform else grid)
-            if request.scheme == "euler_maruyama"
-            else None
+        self.discrete = truth.answer(
+            estimand, request.theta, grid, scheme=request.scheme
         )
         self.error = (
             truth.error_bound(estimand, request.theta)
