@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from sdebench.errors import unknown
 from sdebench.estimator import Array, Estimator
@@ -152,6 +151,8 @@ class Reinforce(Estimator):
         return None
 
     def statistics(self, view: View) -> Tensor:
+        import torch  # not at the top: the numba kernel alone does not need it
+
         paths = view.rollout()
         score = paths.cost.new_zeros(view.n_paths, view.n_params)
         direct = torch.zeros_like(score)

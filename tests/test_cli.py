@@ -179,7 +179,7 @@ def test_describe(sdebench):
         (["truth", "brownian_linear", "--at", "[1, NaN, 2]"], "finite"),
         (["truth", "brownian_linear", "--steps", "0"], "--steps"),
         (["truth", "brownian_linear", "--x", "[1, 2"], "not JSON"),
-        (["truth", "brownian_linear", "--x", "[1, 2]"], "give 1 numbers"),
+        (["truth", "brownian_linear", "--x", "[1, 2]"], "expected (..., 1)"),
         (["truth", "brownian_linear", "--x", "[1]", "--t", "9"], "outside"),
         (["truth", "brownian_linear", "--t", "0.5"], "give --x"),
         (["measure", "brownian_linear", "pathwize"], "did you mean pathwise"),

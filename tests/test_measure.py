@@ -360,7 +360,7 @@ def test_not_a_number_does_not_hold_up_a_target():
 
 
 def test_overflow_of_a_simulation_is_a_numerical_error():
-    with pytest.raises(NumericalError, match="theta closer to the optimum"):
+    with pytest.raises(NumericalError, match="theta closer to"):
         measure("brownian_linear", "pathwise", point=[1e200, 0.0, 0.0], **SMALL)
 
 
@@ -373,7 +373,7 @@ def test_overflow_of_a_simulation_is_a_numerical_error():
     ],
 )
 def test_overflow_of_the_exact_answer_is_a_numerical_error(name, theta):
-    with pytest.raises(NumericalError, match="overflows"):
+    with pytest.raises(NumericalError, match=r"exact objective .* theta closer to"):
         measure(name, "pathwise", point=theta, **SMALL)
 
 

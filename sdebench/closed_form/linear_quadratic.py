@@ -383,7 +383,8 @@ class LinearQuadratic:
                 for start, end, n in zip(ends[:-1], ends[1:], base, strict=True)
             ]
             edges = np.append(np.concatenate(pieces), self.horizon)
-            value, scale = answer(FeedbackEvaluation(self._loop, gain, bias, edges))
+            with np.errstate(over="ignore", invalid="ignore"):
+                value, scale = answer(FeedbackEvaluation(self._loop, gain, bias, edges))
             rounding = 8.0 * _EPS * (self.dim + len(edges)) * float(np.max(scale))
             if previous is not None:
                 change = float(np.max(np.abs(value - previous)))

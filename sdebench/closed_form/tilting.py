@@ -219,7 +219,8 @@ class TiltingFamily:
             value = mean @ delta - self.log_h(x, start, theta)
             return np.concatenate([value[:, None], covariance @ delta], axis=1)
 
-        value, error = self._expect(integrand)
+        with np.errstate(over="ignore", invalid="ignore"):
+            value, error = self._expect(integrand)
         if not np.all(np.isfinite(value)):
             raise NumericalError(
                 f"the exact objective overflows at theta = {theta.tolist()}; choose "

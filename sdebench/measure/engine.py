@@ -82,6 +82,8 @@ class NumbaWorker:
         """Simulate ``count`` paths and return every estimator's statistics."""
         from sdebench.simulate.forward import forward
 
+        if not 0 < count <= self.size:
+            raise ValueError(f"a block holds 1 to {self.size} paths, not {count}")
         buffers = self._buffers
         size = -(-count // self._columns) * self._columns
         clock = time.perf_counter()

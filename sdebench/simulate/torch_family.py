@@ -94,9 +94,8 @@ class TorchLinear:
 
     def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
         t = self._t
-        maps = torch.einsum("sij,bj->sbi", t.feature_gain[:, n], x)
-        maps = maps + t.feature_bias[:, n, None, :]
-        return torch.einsum("sbi,bi,ps->bp", maps, v, t.basis[:, :, n])
+        maps = x @ t.feature_gain[:, n].mT + t.feature_bias[:, n, None, :]  # (S, b, d)
+        return (maps * v).sum(2).T @ t.basis[:, :, n].T
 
     def running_cost(self, n: int, x: Tensor) -> Tensor:
         if not self._has_running:

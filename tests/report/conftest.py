@@ -20,6 +20,13 @@ PROBLEMS = {
     "nine_modes": ({}, None, 1.1),
     "follmer_mixture": ({"dim": 5}, None, 0.6),
 }
+CLASSES = {
+    "gaussian_tilt": "Gaussian tilt",
+    "two_modes": "mixture tilt",
+    "four_modes": "mixture tilt",
+    "nine_modes": "mixture tilt",
+    "follmer_mixture": "pinned start",
+}
 # name, options, estimand, own relative bias, variance factor, vjps per drift, ns
 ESTIMATORS = [
     ("pathwise", {}, "gradient", 0.0, 1.0, 1, 41.0),
@@ -48,6 +55,7 @@ def row(problem, estimator, point, n_steps, rng, **changes):
     n_parameters = 1 if estimand == "log_normalizer" else 3
     out = {
         "problem": name,
+        "problem_class": CLASSES.get(name, "linear–quadratic"),
         "problem_parameters": json.dumps(parameters),
         "estimator": estimator,
         "estimator_options": json.dumps(options),
