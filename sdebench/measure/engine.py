@@ -266,8 +266,14 @@ class Simulation:
         self._warm()
 
     def _blocks(self, size: int) -> list[tuple[int, int]]:
+        """Return first path number and size of the blocks of a replicate.
+
+        Grids of different length get disjoint path numbers, so that the errors along a
+        ladder of step counts are independent, as a fit of the order assumes.
+        """
         paths = self.settings.n_paths
-        return [(p, min(size, paths - p)) for p in range(0, paths, size)]
+        origin = (len(self.settings.times) - 1) << 40
+        return [(origin + p, min(size, paths - p)) for p in range(0, paths, size)]
 
     def _warm(self) -> None:
         """Compile, and take the shifts from the first block, outside the clock."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from sdebench.report.summarize import summary
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from sdebench.measure.order import OrderFit
 
 Cell = dict[str, Any]
 _ESTIMANDS = ("gradient", "matching_gradient", "log_normalizer")
@@ -141,28 +142,16 @@ def squared_error(cell: Cell, n: float) -> tuple[float, float, float]:
     return out[0], out[1], out[2]
 
 
-def slope(ladder: list[Cell]) -> tuple[float, float] | None:
-    """Return the fitted weak order of a ladder and its standard error, or None.
+def slope(ladder: list[Cell]) -> OrderFit | None:
+    """Return the weak order of a ladder of step counts, or None if undetermined."""
+    from sdebench.measure.order import fit_order
 
-    A line through log bias against log step size, weighted by the intervals, over the
-    steps whose bias is told apart from zero; at least three of them.
-    """
-    points = [
-        (
-            -math.log(n_steps(c)),
-            math.log(c["relative_bias"]),
-            # A 95 % interval is four standard errors wide.
-            0.25 * math.log(c["relative_bias_high"] / c["relative_bias_low"]),
-        )
-        for c in ladder
-        if c["relative_bias_low"] > 0.0 and math.isfinite(c["relative_bias_high"])
-    ]
-    points = [p for p in points if p[2] > 0.0]
-    if len(points) < 3:
+    usable = [c for c in ladder if c["bias_components"] and any(c["bias_std_errors"])]
+    if len({n_steps(c) for c in usable}) < 3:
         return None
-    weights = [s**-2 for _, _, s in points]
-    rows = list(zip(weights, points, strict=True))
-    center = math.fsum(w * x for w, (x, _, _) in rows) / math.fsum(weights)
-    spread = math.fsum(w * (x - center) ** 2 for w, (x, _, _) in rows)
-    cross = math.fsum(w * (x - center) * y for w, (x, y, _) in rows)
-    return (cross / spread, spread**-0.5) if spread > 0.0 else None
+    fit = fit_order(
+        [1.0 / n_steps(c) for c in usable],
+        [c["bias_components"] for c in usable],
+        [c["bias_std_errors"] for c in usable],
+    )
+    return None if fit.undetermined else fit

@@ -184,9 +184,10 @@ def draw_order(axes: Axes, cells: list[Cell], drawn: dict[str, Look]) -> None:
                 axes.plot([at, at], [tip, high], color=look.color, lw=0.9)
                 axes.plot([at], [high], "_", color=look.color, ms=3.6, mew=0.9)
                 axes.plot([at], [tip], "v", color=look.color, ms=2.6, mew=0.0)
-        fit = slope(seen)
-        if fit and fit[1] < 0.5:
-            notes.append((f"slope {fit[0]:.2f} ± {fit[1]:.2f}", look))
+        fit = slope(ladder)
+        if fit and fit.high - fit.low < 2.0:
+            text = f"order {fit.order:.2f} [{fit.low:.2f}, {fit.high:.2f}]"
+            notes.append((text, look))
     for line in gaps.values():
         h = sorted(line)
         axes.plot(h, [line[x] for x in h], color="black", lw=0.9, zorder=1.5)

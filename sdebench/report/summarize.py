@@ -179,6 +179,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
             "estimand": _text(row, "estimand"),
         }
         cell |= _numbers(measured)
+        cell["bias_components"] = _vector(measured.get("bias"))
+        cell["bias_std_errors"] = _vector(measured.get("std_error"))
         for key in _COPIED:
             cell[key] = finite(measured.get(key))
         if cell["relative_variance"] == 0.0:  # no tail without a spread

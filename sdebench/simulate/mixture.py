@@ -11,6 +11,10 @@ s = sum gamma_k g_k, the products with a vector v are
 All sums over k are products with two small matrices: ``logit`` maps the features
 [x; x^2] to l_k and [v; 2 x v] to g_k . v; ``moment``, [lin; 2 quad]^T, maps weights to
 sums.  If every l_k is isotropic the d squares shrink to one row, |x|^2 and 2 x . v.
+
+As sum a_k = 0, the part of (dlin_kp, dquad_kp, dconst_kp) that all k share needs no sum
+over k.  Of the rest, each coefficient that is not zero for all k is contracted with
+a_k and gamma_k first, and then multiplied by its feature of x and of v.
 """
 
 from __future__ import annotations
@@ -58,9 +62,11 @@ class PreparedMixture(NamedTuple):
     base: Scores
     tilted: Scores
     reward: Scores
-    derivative: Array  # (N, P, A): the A coefficients that depend on theta
-    active_component: Array  # (A,) k of each
-    active_column: Array  # (A,) column of the row [lin, quad, const]; 2d + 1: all quad
+    derivative_shared: Array  # (N, P, F): d[lin, quad] of component 0
+    derivative_constant: Array  # (N, P, K): dconst minus that of component 0
+    derivative_rest: Array  # (N, M, K): the other d[lin, quad] that differ from it
+    rest_parameter: Array  # (M,) p of each
+    rest_feature: Array  # (M,) its feature
     start_cumulative: Array  # (Ks,)
     start_mean: Array  # (Ks, d)
     start_scale: Array  # (Ks, d)
@@ -86,13 +92,15 @@ class MixtureWork(NamedTuple):
     base: ScoresWork
     tilted: ScoresWork
     reward: ScoresWork
-    features: Array  # (F, .)
+    features: Array  # (F, .) of the state
+    along: Array  # (F, .) of the direction
     scratch: Array  # (F, .)
-    active: Array  # (A, .)
+    rest: Array  # (M, .)
+    rest_mean: Array  # (M, .)
     start: Array  # (d rounded up to 4, .)
     uniform: Array  # (B + PADDING,) float64
     words: Array  # (4, .) uint32
-    zero: Array  # (max(K, F),)
+    zero: Array  # (max(K, F, M),)
 
 
 def is_isotropic(rows: Array, dim: int) -> bool:
@@ -113,6 +121,19 @@ def make_scores(rows: Array, dim: int, isotropic: bool, dtype: DTypeLike) -> Sco
     )
 
 
+def split_derivative(rows: Array, features: int, dim: int) -> tuple[Array, Array]:
+    """Split rows (P, N, K, 2d + 1) into component 0 and differences from it.
+
+    The first (P, N, F) has no constants, the second (P, N, K, F + 1) has them last.
+    Differences of a few rounding errors are zero.
+    """
+    rows = np.concatenate([rows[..., :features], rows[..., 2 * dim :]], axis=3)
+    rest = rows - rows[:, :, :1]
+    largest = np.max(np.abs(rows), axis=2, keepdims=True)
+    rest[np.abs(rest) <= 16.0 * np.finfo(rows.dtype).eps * largest] = 0.0
+    return rows[:, :, 0, :features], rest
+
+
 def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
     """Return the tables as the kernels want them, in ``dtype``."""
 
@@ -121,21 +142,13 @@ def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
 
     dim = tables.scale.shape[1]
     reward = tables.reward[None]
-    isotropic = all(is_isotropic(r, dim) for r in (tables.base, tables.tilted, reward))
     derivative = tables.tilted_derivative
-    n_parameters, n_steps, _, _ = derivative.shape
-    if is_isotropic(derivative, dim):
-        # one coefficient of |x|^2 instead of d equal ones
-        square = derivative[..., dim : dim + 1]
-        hidden = np.zeros_like(derivative[..., dim : 2 * dim])
-        parts = (derivative[..., :dim], hidden, derivative[..., 2 * dim :], square)
-        derivative = np.concatenate(parts, axis=3)
-    component, column = np.nonzero(np.any(derivative != 0.0, axis=(0, 1)))
-    active = derivative[:, :, component, column].transpose(1, 0, 2)
-    if n_parameters == 0:
-        active = np.zeros((n_steps, 0, component.size))
+    quadratics = (tables.base, tables.tilted, reward, derivative)
+    isotropic = all(is_isotropic(rows, dim) for rows in quadratics)
+    shared, rest = split_derivative(derivative, dim + 1 if isotropic else 2 * dim, dim)
+    parameter, feature = np.nonzero(np.any(rest[..., :-1] != 0.0, axis=(1, 2)))
     return PreparedMixture(
-        n_parameters,
+        derivative.shape[0],
         cast(tables.scale),
         cast(tables.offset),
         cast(tables.base_gain),
@@ -144,9 +157,11 @@ def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
         make_scores(tables.base, dim, isotropic, dtype),
         make_scores(tables.tilted, dim, isotropic, dtype),
         make_scores(reward, dim, isotropic, dtype),
-        cast(active),
-        np.array(component, np.int64),
-        np.array(column, np.int64),
+        cast(shared.transpose(1, 0, 2)),
+        cast(rest[..., -1].transpose(1, 0, 2)),
+        cast(rest[parameter, :, :, feature].transpose(1, 0, 2)),
+        np.array(parameter, np.int64),
+        np.array(feature, np.int64),
         cast(tables.start_cumulative),
         cast(tables.start_mean),
         cast(tables.start_scale),
@@ -168,7 +183,8 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
         return ScoresWork(rows(k), rows(1), rows(1), rows(features), rows(dim), rows(k))
 
     three = (prepared.base, prepared.tilted, prepared.reward)
-    longest = max(features, *(mixture.constant.shape[1] for mixture in three))
+    rest = prepared.rest_feature.size
+    longest = max(features, rest, *(mixture.constant.shape[1] for mixture in three))
     return MixtureWork(
         rows(dim),
         rows(dim),
@@ -178,7 +194,9 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
         scores(prepared.reward),
         rows(features),
         rows(features),
-        rows(max(prepared.active_column.size, 1)),
+        rows(features),
+        rows(rest),
+        rows(rest),
         rows(-(-dim // 4) * 4),
         np.zeros(width),
         np.zeros((4, width), np.uint32),
@@ -345,40 +363,14 @@ def scale_rows(a, X, Y, B):  # type: ignore[no-untyped-def]
 
 
 @block_loop
-def parameter_features(component, column, state, X, F, T, d, B):  # type: ignore[no-untyped-def]
-    """T = what multiplies each active coefficient in (ds/dtheta)^T v, after `project`.
-
-    F holds v in its first d rows.
-    """
-    for q in range(column.shape[0]):
-        k, j = component[q], column[q]
-        if j < d:
-            for p in range(0, B, lanes(X)):
-                a = load(state.projection, k, p)
-                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
-                store(T, q, p, a * load(X, j, p) + gamma * load(F, j, p))
-        elif j < 2 * d:
-            for p in range(0, B, lanes(X)):
-                a = load(state.projection, k, p)
-                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
-                x = load(X, j - d, p)
-                y = (a * x) * x + gamma * ((x + x) * load(F, j - d, p))
-                store(T, q, p, y)
-        elif j == 2 * d:
-            for p in range(0, B, lanes(X)):
-                store(T, q, p, load(state.projection, k, p))
-        else:
-            for p in range(0, B, lanes(X)):
-                a = load(state.projection, k, p)
-                gamma = load(state.weight, k, p) * load(state.inverse, 0, p)
-                x = load(X, 0, p)
-                squares = x * x
-                cross = x * load(F, 0, p)
-                for i in range(1, d):
-                    x = load(X, i, p)
-                    squares = squares + x * x
-                    cross = cross + x * load(F, i, p)
-                store(T, q, p, a * squares + gamma * (cross + cross))
+def add_rest(parameter, feature, T, M, inverse, FX, FV, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + parameter] += T FX[feature] + M inverse FV[feature] for every T, M."""
+    for r in range(parameter.shape[0]):
+        i, j = row + parameter[r], feature[r]
+        for p in range(0, B, lanes(OUT)):
+            y = load(OUT, i, p) + load(T, r, p) * load(FX, j, p)
+            mean = load(M, r, p) * load(inverse, 0, p)
+            store(OUT, i, p, y + mean * load(FV, j, p))
 
 
 # Primitives: see primitives.py --------------------------------------------------------
@@ -444,7 +436,7 @@ def noise_transpose(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-de
 def base_terms(prepared, work, n, X, b, A, e, V, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = scale A + (ds_0/dx) (b A + e V)."""
     d = work.direction.shape[0]
-    F = work.features
+    F = work.along
     scale_rows(prepared.scale[n], A, OUT, B)
     if work.base.weight.shape[0] > 0:
         direction_features(X, b, A, e, V, d, F, B)
@@ -462,7 +454,7 @@ def base_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
 def control_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
     """OUT += e (ds_1/dx - ds_0/dx) V."""
     d = work.direction.shape[0]
-    F, S, zero = work.features, work.scratch, work.zero
+    F, S, zero = work.along, work.scratch, work.zero
     e = prepared.control_gain[n]
     direction_features(X, e, V, e * 0, V, d, F, B)
     add_hessian(prepared.tilted, work.tilted, n, X, F, S, zero, OUT, B)
@@ -474,20 +466,26 @@ def control_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def
 def control_parameter_vjp(prepared, work, n, X, V, OUT, row, B):  # type: ignore[no-untyped-def]
     """OUT[row + p] += e (ds_1/dtheta_p)^T V."""
     d = work.direction.shape[0]
-    state, F, T = work.tilted, work.features, work.active
-    e = prepared.control_gain[n]
+    state, F, zero = work.tilted, work.along, work.zero
+    K, a, T, M = state.weight.shape[0], state.projection, work.rest, work.rest_mean
+    e, rest = prepared.control_gain[n], prepared.derivative_rest[n]
     direction_features(X, e, V, e * 0, V, d, F, B)
-    project(prepared.tilted, state, n, F, work.zero, B)
-    component, column = prepared.active_component, prepared.active_column
-    parameter_features(component, column, state, X, F, T, d, B)
-    add_product(prepared.derivative[n], T, OUT, row, B)
+    project(prepared.tilted, state, n, F, zero, B)
+    add_product(prepared.derivative_shared[n], F, OUT, row, B)
+    add_product(prepared.derivative_constant[n], a, OUT, row, B)
+    if rest.shape[0] > 0:
+        parameter, feature = prepared.rest_parameter, prepared.rest_feature
+        affine(rest, K, zero, a, T, B)
+        affine(rest, K, zero, state.weight, M, B)
+        inverse, FX = state.inverse, work.features
+        add_rest(parameter, feature, T, M, inverse, FX, F, OUT, row, B)
 
 
 @glue
 def adjoint(prepared, work, n, X, A, V, NEXT, OUT, B):  # type: ignore[no-untyped-def]
     """NEXT = `base_vjp` of A + `control_vjp` of V; OUT: `control_parameter_vjp`."""
     e = prepared.control_gain[n]
-    F, S, zero = work.features, work.scratch, work.zero
+    F, S, zero = work.along, work.scratch, work.zero
     base_terms(prepared, work, n, X, prepared.base_gain[n], A, -e, V, NEXT, B)
     # leaves the projection of e V on the tilted mixture, and its features
     control_parameter_vjp(prepared, work, n, X, V, OUT, 0, B)
@@ -508,8 +506,8 @@ def running_cost_gradient(prepared, work, n, X, OUT, B):  # type: ignore[no-unty
 def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
     """OUT[row] = log sum_k exp l_k(x)."""
     state = work.reward
-    state_features(X, work.direction.shape[0], work.features, B)
-    weigh(prepared.reward, state, 0, work.features, B)
+    state_features(X, work.direction.shape[0], work.along, B)
+    weigh(prepared.reward, state, 0, work.along, B)
     out, top, inverse = OUT[row], state.top[0], state.inverse[0]
     for p in range(B):
         out[p] = top[p] - log(inverse[p])
@@ -518,7 +516,7 @@ def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
 @block_loop
 def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = score of the reward's mixture."""
-    state_features(X, work.direction.shape[0], work.features, B)
-    score(prepared.reward, work.reward, 0, work.features, work.zero, B)
+    state_features(X, work.direction.shape[0], work.along, B)
+    score(prepared.reward, work.reward, 0, work.along, work.zero, B)
     S = work.reward.score
     combine(1.0, S, 0.0, S, OUT, B)
