@@ -94,7 +94,6 @@ class MixtureWork(NamedTuple):
     reward: ScoresWork
     features: Array  # (F, .) of the state
     along: Array  # (F, .) of the direction
-    scratch: Array  # (F, .)
     rest: Array  # (M, .)
     rest_mean: Array  # (M, .)
     start: Array  # (d rounded up to 4, .)
@@ -178,11 +177,16 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
     def rows(count: int) -> Array:
         return np.zeros((count, width), dtype)
 
+    three = (prepared.base, prepared.tilted, prepared.reward)
+    most = max(mixture.constant.shape[1] for mixture in three)
+    projection = rows(most)  # of one mixture at a time
+
     def scores(mixture: Scores) -> ScoresWork:
         k = mixture.constant.shape[1]
-        return ScoresWork(rows(k), rows(1), rows(1), rows(features), rows(dim), rows(k))
+        return ScoresWork(
+            rows(k), rows(1), rows(1), rows(features), rows(dim), projection
+        )
 
-    three = (prepared.base, prepared.tilted, prepared.reward)
     rest = prepared.rest_feature.size
     longest = max(features, rest, *(mixture.constant.shape[1] for mixture in three))
     return MixtureWork(
@@ -192,7 +196,6 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
         scores(prepared.base),
         scores(prepared.tilted),
         scores(prepared.reward),
-        rows(features),
         rows(features),
         rows(features),
         rows(rest),
@@ -292,41 +295,78 @@ def score(mixture, state, n, FX, zero, B):  # type: ignore[no-untyped-def]
 
 
 @block_loop
-def project(mixture, state, n, FV, zero, B):  # type: ignore[no-untyped-def]
+def project(mixture, state, n, FV, B):  # type: ignore[no-untyped-def]
     """projection_k = gamma_k (g_k . v - s . v)."""
-    A, S, E = state.projection, state.score, state.weight
-    affine(mixture.logit[n], FV.shape[0], zero, FV, A, B)
+    A, S, E, G = state.projection, state.score, state.weight, mixture.logit[n]
+    K, features = G.shape
+    whole = K - K % 3
     for p in range(0, B, lanes(A)):
         mean = load(S, 0, p) * load(FV, 0, p)
         for i in range(1, S.shape[0]):
             mean = mean + load(S, i, p) * load(FV, i, p)
         inverse = load(state.inverse, 0, p)
-        for k in range(A.shape[0]):
-            store(A, k, p, (load(E, k, p) * inverse) * (load(A, k, p) - mean))
+        mean = 0.0 - mean
+        for k in range(0, whole, 3):
+            y0, y1, y2 = mean, mean, mean
+            for j in range(features):
+                v = load(FV, j, p)
+                y0 = y0 + G[k, j] * v
+                y1 = y1 + G[k + 1, j] * v
+                y2 = y2 + G[k + 2, j] * v
+            store(A, k, p, (load(E, k, p) * inverse) * y0)
+            store(A, k + 1, p, (load(E, k + 1, p) * inverse) * y1)
+            store(A, k + 2, p, (load(E, k + 2, p) * inverse) * y2)
+        for k in range(whole, K):
+            y0 = mean
+            for j in range(features):
+                y0 = y0 + G[k, j] * load(FV, j, p)
+            store(A, k, p, (load(E, k, p) * inverse) * y0)
 
 
 @block_loop
-def add_projected(mixture, state, n, X, FV, scratch, zero, OUT, B):  # type: ignore[no-untyped-def]
+def add_projected(mixture, state, n, X, FV, OUT, B):  # type: ignore[no-untyped-def]
     """OUT += (ds/dx) v after `project`."""
-    d, features = state.score.shape[0], FV.shape[0]
-    affine(mixture.moment[n], state.weight.shape[0], zero, state.projection, scratch, B)
-    for p in range(0, B, lanes(X)):
-        c = load(scratch, d, p)
-        q = load(state.moments, d, p)
+    A, M, Q = state.projection, mixture.moment[n], state.moments
+    d = state.score.shape[0]
+    features, K = M.shape
+    if features == 2 * d or d == 1:
         for i in range(d):
-            if features == 2 * d and i > 0:
-                c = load(scratch, d + i, p)
-                q = load(state.moments, d + i, p)
-            y = load(scratch, i, p) + c * load(X, i, p) + q * load(FV, i, p)
-            store(OUT, i, p, load(OUT, i, p) + y)
+            for p in range(0, B, lanes(X)):
+                a = load(A, 0, p)
+                y, c = M[i, 0] * a, M[d + i, 0] * a
+                for k in range(1, K):
+                    a = load(A, k, p)
+                    y = y + M[i, k] * a
+                    c = c + M[d + i, k] * a
+                y = y + c * load(X, i, p) + load(Q, d + i, p) * load(FV, i, p)
+                store(OUT, i, p, load(OUT, i, p) + y)
+    else:
+        for p in range(0, B, lanes(X)):
+            a = load(A, 0, p)
+            y0, y1, c = M[0, 0] * a, M[1, 0] * a, M[d, 0] * a
+            for k in range(1, K):
+                a = load(A, k, p)
+                y0 = y0 + M[0, k] * a
+                y1 = y1 + M[1, k] * a
+                c = c + M[d, k] * a
+            q = load(Q, d, p)
+            y0 = y0 + c * load(X, 0, p) + q * load(FV, 0, p)
+            y1 = y1 + c * load(X, 1, p) + q * load(FV, 1, p)
+            store(OUT, 0, p, load(OUT, 0, p) + y0)
+            store(OUT, 1, p, load(OUT, 1, p) + y1)
+            for i in range(2, d):
+                y = c * load(X, i, p) + q * load(FV, i, p)
+                for k in range(K):
+                    y = y + M[i, k] * load(A, k, p)
+                store(OUT, i, p, load(OUT, i, p) + y)
 
 
 @block_loop
-def add_hessian(mixture, state, n, X, FV, scratch, zero, OUT, B):  # type: ignore[no-untyped-def]
+def add_hessian(mixture, state, n, X, FV, OUT, B):  # type: ignore[no-untyped-def]
     """OUT += (ds/dx) v, v the first d rows of FV."""
     if state.weight.shape[0] > 0:
-        project(mixture, state, n, FV, zero, B)
-        add_projected(mixture, state, n, X, FV, scratch, zero, OUT, B)
+        project(mixture, state, n, FV, B)
+        add_projected(mixture, state, n, X, FV, OUT, B)
 
 
 @block_loop
@@ -399,8 +439,8 @@ def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyp
 def refresh(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
     """State of both mixtures."""
     state_features(X, work.direction.shape[0], work.features, B)
-    score(prepared.base, work.base, n, work.features, work.zero, B)
     score(prepared.tilted, work.tilted, n, work.features, work.zero, B)
+    score(prepared.base, work.base, n, work.features, work.zero, B)
 
 
 @glue
@@ -440,7 +480,7 @@ def base_terms(prepared, work, n, X, b, A, e, V, OUT, B):  # type: ignore[no-unt
     scale_rows(prepared.scale[n], A, OUT, B)
     if work.base.weight.shape[0] > 0:
         direction_features(X, b, A, e, V, d, F, B)
-        add_hessian(prepared.base, work.base, n, X, F, work.scratch, work.zero, OUT, B)
+        add_hessian(prepared.base, work.base, n, X, F, OUT, B)
 
 
 @glue
@@ -454,12 +494,12 @@ def base_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
 def control_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
     """OUT += e (ds_1/dx - ds_0/dx) V."""
     d = work.direction.shape[0]
-    F, S, zero = work.along, work.scratch, work.zero
+    F = work.along
     e = prepared.control_gain[n]
     direction_features(X, e, V, e * 0, V, d, F, B)
-    add_hessian(prepared.tilted, work.tilted, n, X, F, S, zero, OUT, B)
+    add_hessian(prepared.tilted, work.tilted, n, X, F, OUT, B)
     direction_features(X, -e, V, e * 0, V, d, F, B)
-    add_hessian(prepared.base, work.base, n, X, F, S, zero, OUT, B)
+    add_hessian(prepared.base, work.base, n, X, F, OUT, B)
 
 
 @glue
@@ -470,7 +510,7 @@ def control_parameter_vjp(prepared, work, n, X, V, OUT, row, B):  # type: ignore
     K, a, T, M = state.weight.shape[0], state.projection, work.rest, work.rest_mean
     e, rest = prepared.control_gain[n], prepared.derivative_rest[n]
     direction_features(X, e, V, e * 0, V, d, F, B)
-    project(prepared.tilted, state, n, F, zero, B)
+    project(prepared.tilted, state, n, F, B)
     add_product(prepared.derivative_shared[n], F, OUT, row, B)
     add_product(prepared.derivative_constant[n], a, OUT, row, B)
     if rest.shape[0] > 0:
@@ -485,11 +525,11 @@ def control_parameter_vjp(prepared, work, n, X, V, OUT, row, B):  # type: ignore
 def adjoint(prepared, work, n, X, A, V, NEXT, OUT, B):  # type: ignore[no-untyped-def]
     """NEXT = `base_vjp` of A + `control_vjp` of V; OUT: `control_parameter_vjp`."""
     e = prepared.control_gain[n]
-    F, S, zero = work.along, work.scratch, work.zero
+    F = work.along
     base_terms(prepared, work, n, X, prepared.base_gain[n], A, -e, V, NEXT, B)
     # leaves the projection of e V on the tilted mixture, and its features
     control_parameter_vjp(prepared, work, n, X, V, OUT, 0, B)
-    add_projected(prepared.tilted, work.tilted, n, X, F, S, zero, NEXT, B)
+    add_projected(prepared.tilted, work.tilted, n, X, F, NEXT, B)
 
 
 @glue
