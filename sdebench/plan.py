@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # The size of the quick suite: 40 s warm on two cores, three minutes cold.
 QUICK_POINTS = ("halfway", "optimum")
 QUICK_PATHS = 256
-QUICK_REPLICATES = 128
+QUICK_REPLICATES = 256
 QUICK_TORCH_REPLICATES = 16  # 256 paths are few for torch: its overhead decides
 QUICK_LADDER = (0.25, 0.5, 1.0, 2.0)
 
