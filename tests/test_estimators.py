@@ -780,7 +780,7 @@ def test_wrong_estimators_are_caught_and_right_ones_are_not(cell):
         assert rows[kind]["verdict"] != "biased", kind.__name__
     for kind in wrong:
         assert rows[kind]["p_value_own"] < limit, kind.__name__
-        # A sign error in exponential weights makes tails that normal theory cannot carry.
+        # A sign error in the weights makes tails that normal theory cannot carry.
         called = ("biased", "undecided, heavy tails")
         assert rows[kind]["verdict"] in called, kind.__name__
         assert rows[kind]["p_value_own"] < 0.001, kind.__name__

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp, roots_hermitenorm
 
-from sdebench.closed_form.log_quadratic import (
+from sdebench.closed_form.quadratic import (
     Array,
     Quadratic,
     diagonals,

@@ -21,7 +21,7 @@ from sdebench.closed_form.gaussian_mixture import (
     GaussianMixture,
     gauss_hermite_nodes,
 )
-from sdebench.closed_form.log_quadratic import Quadratic
+from sdebench.closed_form.quadratic import Quadratic
 from sdebench.errors import ParameterError
 
 mp.mp.dps = 50
