@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from sdebench.closed_form.affine_chain import AffineChain
-from sdebench.closed_form.linear_quadratic import LinearQuadratic
+from sdebench.closed_form.affine_chain import AffineChain, parameter_derivatives
+from sdebench.closed_form.linear_quadratic import (
+    LinearQuadratic,
+    PolicyGradient,
+    PolicyObjective,
+)
 from sdebench.errors import NotExactError
 from sdebench.problem import (
-    EULER,
     Array,
     Problem,
-    Steps,
     Truth,
     as_states,
     as_time,
@@ -274,15 +276,11 @@ class LinearTruth(Truth):
     """Exact answers of a `LinearProblem`."""
 
     def __init__(self, problem: LinearProblem) -> None:
-        self._problem = problem
-        self._model = problem.model
+        super().__init__(problem)
+        self._model, self._feedback_at = problem.model, problem.feedback
         self._known: dict[float, tuple[Array, Array]] = {}
-        self._objectives: dict[bytes, Any] = {}
-        self._matchings: dict[bytes, Any] = {}
-
-    def _at(self, x: Array, t: float) -> tuple[Array, float]:
-        problem = self._problem
-        return as_states(x, problem.dim), as_time(t, problem.time_span)
+        self._objectives: dict[bytes, PolicyObjective] = {}
+        self._matchings: dict[bytes, PolicyGradient] = {}
 
     def control(self, x: Array, t: float) -> Array:
         return self._model.control(*self._at(x, t))
@@ -291,8 +289,7 @@ class LinearTruth(Truth):
         return self._model.value(*self._at(x, t))
 
     def policy(self, x: Array, t: float, theta: Any) -> Array:
-        """Return the control u_theta(x, t), shape of x (..., d)."""
-        gain, bias = self._law(theta)
+        gain, bias = self._law(self._problem.theta(theta))
         states, time = self._at(x, t)
         return states @ gain(time).T + bias(time)
 
@@ -302,7 +299,7 @@ class LinearTruth(Truth):
         if t not in known:
             if len(known) > 4096:
                 known.clear()
-            gains, biases = self._problem.feedback(np.array([t]))
+            gains, biases = self._feedback_at(np.array([t]))
             known[t] = gains[:, 0], biases[:, 0]
         return known[t]
 
@@ -312,78 +309,57 @@ class LinearTruth(Truth):
     def _dbias(self, t: float) -> Array:
         return self._feedback(t)[1]
 
-    def _law(self, theta: Any) -> tuple[Callable[..., Array], Callable[..., Array]]:
-        weights = self._problem.theta(theta)
-
+    def _law(self, theta: Array) -> tuple[Callable[..., Array], Callable[..., Array]]:
         def gain(t: float) -> Array:
-            return np.tensordot(weights, self._dgain(t), axes=1)
+            return np.tensordot(theta, self._dgain(t), axes=1)
 
         def bias(t: float) -> Array:
-            return np.tensordot(weights, self._dbias(t), axes=1)
+            return np.tensordot(theta, self._dbias(t), axes=1)
 
         return gain, bias
 
     def _chain(
-        self, theta: Any, n_steps: Any, scheme: str = EULER
-    ) -> tuple[AffineChain, Any]:
-        problem = self._problem
-        tables = problem.tables(
-            problem.theta(theta), problem.time_grid(n_steps), scheme
-        )
-        derivatives = (
-            np.einsum("psn,snij->pnij", tables.basis, tables.feature_gain),
-            np.einsum("psn,sni->pni", tables.basis, tables.feature_bias),
-        )
+        self, theta: Array, times: Array, scheme: str
+    ) -> tuple[AffineChain, tuple[Array, Array, Array, Array]]:
+        tables = self._problem.tables(theta, times, scheme)
+        assert isinstance(tables, LinearTables)
         chain = AffineChain.from_tables(tables)
-        return chain, (tables.gain, tables.bias, *derivatives)
+        return chain, (tables.gain, tables.bias, *parameter_derivatives(tables))
 
-    def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        if n_steps is not None:
-            return self._chain("zero", n_steps, scheme)[0].log_normalizer()
+    def _log_normalizer(self) -> float:
         return self._model.log_normalizer()
 
-    def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        if n_steps is not None:
-            return self._chain("zero", n_steps, scheme)[0].optimal_cost()
+    def _optimal_cost(self) -> float:
         return self._model.optimal_cost()
 
-    def _policy_objective(self, theta: Any) -> Any:
-        key = self._problem.theta(theta).tobytes()
+    def _policy_objective(self, theta: Array) -> PolicyObjective:
+        key = theta.tobytes()
         if key not in self._objectives:
             self._objectives[key] = self._model.policy_objective(
                 *self._law(theta), self._dgain, self._dbias
             )
         return self._objectives[key]
 
-    def _policy_matching(self, theta: Any) -> Any:
-        key = self._problem.theta(theta).tobytes()
+    def _policy_matching(self, theta: Array) -> PolicyGradient:
+        key = theta.tobytes()
         if key not in self._matchings:
             self._matchings[key] = self._model.matching_gradient(
                 *self._law(theta), self._dgain, self._dbias
             )
         return self._matchings[key]
 
-    def objective(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        if n_steps is not None:
-            chain, (gain, bias, _, _) = self._chain(theta, n_steps, scheme)
-            return chain.objective(gain, bias)
-        return float(self._policy_objective(theta).objective)
+    def _objective(self, theta: Array) -> float:
+        return self._policy_objective(theta).objective
 
-    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
-        if n_steps is not None:
-            chain, coefficients = self._chain(theta, n_steps, scheme)
-            return chain.gradient(*coefficients)
-        return np.asarray(self._policy_objective(theta).gradient)
+    def _gradient(self, theta: Array) -> Array:
+        return self._policy_objective(theta).gradient
 
-    def matching_gradient(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> Array:
-        if n_steps is not None:
-            chain, coefficients = self._chain(theta, n_steps, scheme)
-            return chain.matching_gradient(*coefficients)
-        return np.asarray(self._policy_matching(theta).gradient)
+    def _matching_gradient(self, theta: Array) -> Array:
+        return self._policy_matching(theta).gradient
+
+    def _control_error(self, theta: Array) -> float:
+        # Not by the regret identity: near the optimum its difference cancels.
+        return float(np.sqrt(self._model.control_error(*self._law(theta)).value))
 
     def _law_of(self, mean: Array, covariance: Array) -> GaussianMixture:
         from sdebench.closed_form.gaussian_mixture import GaussianMixture
@@ -400,25 +376,8 @@ class LinearTruth(Truth):
         means, covariances = self._model.tilted_moments([t])
         return self._law_of(means[0], covariances[0])
 
-    def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
-        chain, _ = self._chain("zero", n_steps)
-        gain, bias = chain.optimal_feedback()
-        times = self._problem.time_grid(n_steps)
-        root = np.sqrt(times[step + 1] - times[step])
-        return (as_states(x, self._problem.dim) @ gain[step].T + bias[step]) / root
-
-    def control_error(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        if n_steps is None:
-            return float(np.sqrt(self._model.control_error(*self._law(theta)).value))
-        chain, (gain, bias, _, _) = self._chain(theta, n_steps, scheme)
-        return float(
-            np.sqrt(chain.control_distance(gain, bias, *chain.optimal_feedback()))
-        )
-
     def error_bound(self, quantity: str, theta: Any = None) -> float:
-        theta = "optimum" if theta is None else theta
+        theta = self._problem.theta("optimum" if theta is None else theta)
         if quantity in ("objective", "gradient"):
             return float(self._policy_objective(theta).error_bound)
         if quantity == "matching_gradient":

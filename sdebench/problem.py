@@ -25,6 +25,7 @@ from sdebench.registry import label
 from sdebench.registry import problem as problem_by_name
 
 if TYPE_CHECKING:
+    from sdebench.closed_form.affine_chain import AffineChain
     from sdebench.closed_form.gaussian_mixture import GaussianMixture
     from sdebench.simulate.tables import Tables
 
@@ -270,8 +271,15 @@ class Truth:
     ``n_steps`` asks for the answer of the N-step discretization, by ``scheme``, instead
     of continuous time; it may also be a grid.  `error_bound` tells how far an answer
     that needs quadrature may be off; it is 0 for closed forms up to rounding.
+
+    A subclass gives the continuous answers (the methods with an underscore) and, where
+    the discretized problem is linear-quadratic, its chain.
     """
 
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    # ---- what a subclass writes ---------------------------------------------------
     def control(self, x: Array, t: float) -> Array:
         """Return the optimal control u*(x, t), shape of x (..., d)."""
         raise NotImplementedError
@@ -280,32 +288,8 @@ class Truth:
         """Return V(x, t) = -log h(x, t), shape (...)."""
         raise NotImplementedError
 
-    def h(self, x: Array, t: float) -> Array:
-        """Return h(x, t) = E[exp(r(X_T) - int f) | X_t = x] under the base."""
-        return np.exp(-self.value(x, t))
-
-    def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        """Return log Z = log E_{p_0} h(X_0, t_0)."""
-        raise NotImplementedError
-
-    def objective(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        """Return J(theta) = E int (1/2 |u|^2 + f) dt - E r(X_T)."""
-        raise NotImplementedError
-
-    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
-        """Return the gradient of J, (P,)."""
-        raise NotImplementedError
-
-    def matching_gradient(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> Array:
-        """Return the gradient of the adjoint-matching loss at its own control, (P,)."""
-        raise NotImplementedError
-
-    def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        """Return the least objective, J(u*) = -E_{p_0} log h(X_0, t_0)."""
+    def policy(self, x: Array, t: float, theta: Any) -> Array:
+        """Return the control u_theta(x, t), shape of x (..., d)."""
         raise NotImplementedError
 
     def base_marginal(self, t: float) -> GaussianMixture:
@@ -316,28 +300,107 @@ class Truth:
         """Return the law of X_t under the optimal control."""
         raise NotImplementedError
 
+    def _log_normalizer(self) -> float:
+        raise NotImplementedError
+
+    def _objective(self, theta: Array) -> float:
+        raise NotImplementedError
+
+    def _gradient(self, theta: Array) -> Array:
+        raise NotImplementedError
+
+    def _matching_gradient(self, theta: Array) -> Array:
+        raise NotImplementedError
+
+    def _optimal_cost(self) -> float:
+        return self._objective(self._problem.theta_star)
+
+    def _control_error(self, theta: Array) -> float:
+        """Return the control error by the regret identity (2 (J - J*))^(1/2)."""
+        excess = self._objective(theta) - self._optimal_cost()
+        return float(np.sqrt(2.0 * max(excess, 0.0)))
+
+    def _chain(
+        self, theta: Array, times: Array, scheme: str
+    ) -> tuple[AffineChain, tuple[Array, Array, Array, Array]]:
+        """Return the N-step chain and its (K, k, dK/dtheta, dk/dtheta)."""
+        raise NotExactError(
+            "the discretized objective is exact on linear-quadratic and Gaussian "
+            "problems only: the Euler-Maruyama chain of a mixture has no closed law"
+        )
+
+    # ---- answers ------------------------------------------------------------------
+    def _at(self, x: Array, t: float) -> tuple[Array, float]:
+        problem = self._problem
+        return as_states(x, problem.dim), as_time(t, problem.time_span)
+
+    def _discrete(
+        self, theta: Any, n_steps: Steps, scheme: str = EULER
+    ) -> tuple[AffineChain, tuple[Array, Array, Array, Array]]:
+        problem = self._problem
+        return self._chain(problem.theta(theta), problem.time_grid(n_steps), scheme)
+
+    def h(self, x: Array, t: float) -> Array:
+        """Return h(x, t) = E[exp(r(X_T) - int f) | X_t = x] under the base."""
+        return np.exp(-self.value(x, t))
+
+    def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
+        """Return log Z = log E_{p_0} h(X_0, t_0)."""
+        if n_steps is None:
+            return self._log_normalizer()
+        return self._discrete("optimum", n_steps, scheme)[0].log_normalizer()
+
+    def objective(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> float:
+        """Return J(theta) = E int (1/2 |u|^2 + f) dt - E r(X_T)."""
+        if n_steps is None:
+            return self._objective(self._problem.theta(theta))
+        chain, (gain, bias, _, _) = self._discrete(theta, n_steps, scheme)
+        return chain.objective(gain, bias)
+
+    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
+        """Return the gradient of J, (P,)."""
+        if n_steps is None:
+            return self._gradient(self._problem.theta(theta))
+        chain, coefficients = self._discrete(theta, n_steps, scheme)
+        return chain.gradient(*coefficients)
+
+    def matching_gradient(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> Array:
+        """Return the gradient of the adjoint-matching loss at its own control, (P,)."""
+        if n_steps is None:
+            return self._matching_gradient(self._problem.theta(theta))
+        chain, coefficients = self._discrete(theta, n_steps, scheme)
+        return chain.matching_gradient(*coefficients)
+
+    def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
+        """Return the least objective, J(u*) = -E_{p_0} log h(X_0, t_0)."""
+        if n_steps is None:
+            return self._optimal_cost()
+        return self._discrete("optimum", n_steps, scheme)[0].optimal_cost()
+
     def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
         """Return the optimal control u*_N(x, t_step) of the N-step chain."""
-        raise NotExactError(
-            "the optimum of the discretized problem is exact on linear-quadratic "
-            "problems only"
-        )
+        chain, _ = self._discrete("optimum", n_steps)
+        gain, bias = chain.optimal_feedback()
+        times = self._problem.time_grid(n_steps)
+        root = np.sqrt(times[step + 1] - times[step])
+        return (as_states(x, self._problem.dim) @ gain[step].T + bias[step]) / root
 
     def control_error(
         self, theta: Any, n_steps: Steps = None, scheme: str = EULER
     ) -> float:
         """Return (E_theta int |u_theta - u*|^2 dt)^(1/2).
 
-        With ``n_steps``: the distance from u*_N under the N-step chain.  In continuous
-        time it is (2 (J(theta) - J(u*)))^(1/2), the regret identity.
+        With ``n_steps``: the distance from u*_N under the N-step chain.
         """
-        if n_steps is not None:
-            raise NotExactError(
-                "the optimum of the discretized problem is exact on linear-quadratic "
-                "problems only"
-            )
-        excess = self.objective(theta) - self.optimal_cost()
-        return float(np.sqrt(2.0 * max(excess, 0.0)))
+        if n_steps is None:
+            return self._control_error(self._problem.theta(theta))
+        chain, (gain, bias, _, _) = self._discrete(theta, n_steps, scheme)
+        distance = chain.control_distance(gain, bias, *chain.optimal_feedback())
+        return float(np.sqrt(distance))
 
     def error_bound(self, quantity: str, theta: Any = None) -> float:
         """Return an absolute error bound of "gradient", "log_normalizer", ... ."""

@@ -14,10 +14,8 @@ from sdebench.closed_form import log_quadratics as lq
 from sdebench.closed_form.tilting import TiltingFamily
 from sdebench.errors import NotExactError
 from sdebench.problem import (
-    EULER,
     Array,
     Problem,
-    Steps,
     Truth,
     as_states,
     as_time,
@@ -113,7 +111,9 @@ class TiltingProblem(Problem):
         )
 
 
-def affine_chain(tables: MixtureTables) -> tuple[AffineChain, Any]:
+def affine_chain(
+    tables: MixtureTables,
+) -> tuple[AffineChain, tuple[Array, Array, Array, Array]]:
     """Return the chain of one-component tables and its (K, k, dK, dk).
 
     The control gradient of log-quadratics with one component is affine, so the
@@ -150,12 +150,8 @@ class TiltingTruth(Truth):
     """Exact answers of a `TiltingProblem`."""
 
     def __init__(self, problem: TiltingProblem) -> None:
-        self._problem = problem
+        super().__init__(problem)
         self._family = problem.family
-
-    def _at(self, x: Array, t: float) -> tuple[Array, float]:
-        problem = self._problem
-        return as_states(x, problem.dim), as_time(t, problem.time_span)
 
     def control(self, x: Array, t: float) -> Array:
         return self._family.control(*self._at(x, t), self._family.theta_star)
@@ -164,60 +160,34 @@ class TiltingTruth(Truth):
         return -self._family.log_h(*self._at(x, t), self._family.theta_star)
 
     def policy(self, x: Array, t: float, theta: Any) -> Array:
-        """Return the control u_theta(x, t), shape of x (..., d)."""
         return self._family.control(*self._at(x, t), self._problem.theta(theta))
 
     def _chain(
-        self, theta: Any, n_steps: Any, scheme: str = EULER
-    ) -> tuple[AffineChain, Any]:
+        self, theta: Array, times: Array, scheme: str
+    ) -> tuple[AffineChain, tuple[Array, Array, Array, Array]]:
         if not self._family.affine:
-            raise NotExactError(
-                "the discretized objective is exact on linear-quadratic and Gaussian "
-                "problems only: the Euler-Maruyama chain of a mixture has no closed law"
-            )
-        problem = self._problem
-        times = problem.time_grid(n_steps)
-        return affine_chain(problem.tables(problem.theta(theta), times, scheme))
+            return super()._chain(theta, times, scheme)
+        tables = self._problem.tables(theta, times, scheme)
+        assert isinstance(tables, MixtureTables)
+        return affine_chain(tables)
 
-    def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        if n_steps is not None:
-            chain, _ = self._chain(self._family.theta_star, n_steps, scheme)
-            return chain.log_normalizer()
+    def _log_normalizer(self) -> float:
         return self._family.log_normalizer()[0]
 
-    def objective(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        if n_steps is not None:
-            chain, (gain, bias, _, _) = self._chain(theta, n_steps, scheme)
-            return chain.objective(gain, bias)
-        return self._family.objective_and_gradient(self._problem.theta(theta))[0]
+    def _objective(self, theta: Array) -> float:
+        return self._family.objective_and_gradient(theta)[0]
 
-    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
-        if n_steps is not None:
-            chain, coefficients = self._chain(theta, n_steps, scheme)
-            return chain.gradient(*coefficients)
-        return self._family.objective_and_gradient(self._problem.theta(theta))[1]
+    def _gradient(self, theta: Array) -> Array:
+        return self._family.objective_and_gradient(theta)[1]
 
-    def matching_gradient(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> Array:
-        if n_steps is not None:
-            chain, coefficients = self._chain(theta, n_steps, scheme)
-            return chain.matching_gradient(*coefficients)
-        return self._family.matching_gradient(self._problem.theta(theta))[0]
-
-    def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        if n_steps is not None:
-            chain, _ = self._chain(self._family.theta_star, n_steps, scheme)
-            return chain.optimal_cost()
-        return self.objective("optimum")
+    def _matching_gradient(self, theta: Array) -> Array:
+        return self._family.matching_gradient(theta)[0]
 
     def initial_value_bias(self) -> float:
         """Return log Z minus its value for an independent start and end.
 
         Zero exactly when the base is memoryless or starts at a point; its size says
-        how far the law of X_T under u* is from the tilted law (maths.md, section 1).
+        how far the law of X_T under u* is from the tilted law.
         """
         return self.log_normalizer() - self._family.memoryless_log_normalizer()
 
@@ -245,23 +215,6 @@ class TiltingTruth(Truth):
     def ideal_law(self) -> GaussianMixture:
         """Return the tilted base law p_T e^r / Z, the goal of fine-tuning."""
         return self._mixture(*self._family.ideal_law(self._family.theta_star))
-
-    def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
-        chain, _ = self._chain(self._family.theta_star, n_steps)
-        gain, bias = chain.optimal_feedback()
-        times = self._problem.time_grid(n_steps)
-        root = np.sqrt(times[step + 1] - times[step])
-        return (as_states(x, self._problem.dim) @ gain[step].T + bias[step]) / root
-
-    def control_error(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        if n_steps is None:
-            return super().control_error(theta)
-        chain, (gain, bias, _, _) = self._chain(theta, n_steps, scheme)
-        return float(
-            np.sqrt(chain.control_distance(gain, bias, *chain.optimal_feedback()))
-        )
 
     def error_bound(self, quantity: str, theta: Any = None) -> float:
         family = self._family

@@ -2,7 +2,7 @@
 
 With features phi and rewards r_theta = r_ref + theta^T phi + c, the control is the
 optimal control of the *wrong* reward, u_theta = sigma grad log h_theta, and the reward
-is r = r_{theta*} (maths.md, sections 2 and 3).  Let h_theta(x, t) =
+is r = r_{theta*}.  Let h_theta(x, t) =
 E[exp r_theta(X_T) | X_t = x] under the base, and E^theta the expectation under the
 controlled law, where X_T | X_t = x has density proportional to p(x_T | x) e^{r_theta}.
 For any start law p_0,
