@@ -298,10 +298,16 @@ def test_full_disk_keeps_what_is_finished(tmp_path, jobs, monkeypatch):
     monkeypatch.setattr(store.os, "replace", os.replace)  # restored afterwards
     with pytest.raises(ResultsError, match=r"No space left on device.*run again"):
         run.run_cells(cells(8), tmp_path, jobs=jobs, task=filling)
-    assert not list(tmp_path.glob("cells/.*"))
     kept = list(tmp_path.glob("cells/*.parquet"))
     assert len(kept) >= 3  # the other worker may not even have started
     assert all(store.read(file)["status"] == "ok" for file in kept)
+    # The next run finishes the rest, and removes what a worker left half written.
+    monkeypatch.undo()
+    monkeypatch.setattr(run, "code_fingerprint", same_code)
+    frame = run.run_cells(cells(8), tmp_path, jobs=1, task=measure)
+    assert len(frame) == 24
+    assert set(frame["status"]) == {"ok"}
+    assert not list(tmp_path.glob("cells/.*"))
 
 
 SCRIPT = """
@@ -316,7 +322,7 @@ SCRIPT = """
 
     def slow(group):
         for cell, row in zip(group, measure(group)):
-            time.sleep(0.02)
+            time.sleep({pause})
             yield row
 
     try:
@@ -329,9 +335,10 @@ SCRIPT = """
 """
 
 
-def start(folder, jobs):
+def start(folder, jobs, pause=0.02):
     tests = str(Path(__file__).parent)
-    code = textwrap.dedent(SCRIPT.format(tests=tests, folder=str(folder), jobs=jobs))
+    script = SCRIPT.format(tests=tests, folder=str(folder), jobs=jobs, pause=pause)
+    code = textwrap.dedent(script)
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stderr=subprocess.PIPE,
@@ -382,7 +389,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path, jobs):
     ("signum", "code", "jobs"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)]
 )
 def test_interrupt_says_how_to_resume(tmp_path, signum, code, jobs):
-    process = start(tmp_path, jobs)
+    process = start(tmp_path, jobs, pause=0.3)  # far from done when the signal comes
     wait_for(tmp_path, 6, process)
     os.killpg(process.pid, signum)  # what a terminal's Ctrl-C does
     _, error = process.communicate(timeout=20)
