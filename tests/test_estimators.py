@@ -356,7 +356,7 @@ MARGIN = 3.0
 
 def control_cost_gradient(chosen, point):
     """Gradient of E sum 1/2 |w|^2 of the chain, what a missing 1/2 adds."""
-    chain, coefficients = chosen.truth._chain(point, N_STEPS)
+    chain, coefficients = chosen.truth._discrete(point, N_STEPS)
     free = dataclasses.replace(
         chain,
         running=0.0 * chain.running,

@@ -311,7 +311,9 @@ def test_full_disk_keeps_what_is_finished(tmp_path, jobs, monkeypatch):
 
 
 SCRIPT = """
-    import sys, time
+    import signal, sys, time
+    # A background job of a shell starts with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.insert(0, {tests!r})
     from test_run import cells, measure, same_code
     from sdebench import run
