@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -103,12 +102,6 @@ class TiltingFamily:
         rows = self.reference + shift
         rows[:, -1] += self.constant
         return rows
-
-    @cached_property
-    def n_components(self) -> int:
-        """Number of components of h_theta (the tilted law)."""
-        base = 1 if self.base.gaussian else len(self.base.terminal)
-        return base * len(self.reference)
 
     @property
     def affine(self) -> bool:

@@ -118,7 +118,6 @@ def simulate(
     if threads == 1:
         work(0)
     else:
-        # Compile on this thread first: one small call.
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, range(threads)))
     return Paths(
