@@ -64,7 +64,12 @@ class AdjointMatching(Estimator):
         "optimum and differs from the gradient of J elsewhere"
     )
     needs: ClassVar[frozenset[str]] = frozenset(
-        {"drift_vjp", "control_parameter_vjp", "reward_gradient"}
+        {
+            "drift_vjp",
+            "control_parameter_vjp",
+            "running_cost_gradient",
+            "reward_gradient",
+        }
     )
     block_kernel = staticmethod(block_kernel)
 

@@ -56,7 +56,13 @@ class Pathwise(Estimator):
     )
     unbiased: ClassVar[str] = "the gradient of the discretized objective J_N"
     needs: ClassVar[frozenset[str]] = frozenset(
-        {"drift_vjp", "control_vjp", "control_parameter_vjp", "reward_gradient"}
+        {
+            "drift_vjp",
+            "control_vjp",
+            "control_parameter_vjp",
+            "running_cost_gradient",
+            "reward_gradient",
+        }
     )
     block_kernel = staticmethod(block_kernel)
 

@@ -141,6 +141,10 @@ class Reinforce(Estimator):
     def n_statistics(self, n_params: int) -> int:
         return (n_params, 3 * n_params + 1, 8 * n_params)[MODES[self.baseline]]
 
+    @property
+    def declared_bias(self) -> str:
+        return "1/n_paths" if self.baseline == "mean" else "none"
+
     def not_applicable(self, n_paths: int) -> str | None:
         least = {"none": 1, "optimal": 4}.get(self.baseline, 2)
         if n_paths < least or (self.baseline == "optimal" and n_paths % 2):

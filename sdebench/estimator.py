@@ -39,9 +39,9 @@ class Estimator(ABC):
     ----------------
     estimand : what is estimated, a key of `sdebench.problem.ESTIMANDS`.
     source : paper and equation.
+    formula : the estimator in LaTeX, without dollar signs.
     unbiased : one sentence, what its expectation is exactly.
-    needs : what it calls, of "drift_vjp", "reward_gradient", "control_vjp",
-        "control_parameter_vjp".
+    needs : what it calls, of `sdebench.view.NEEDS`.
     variants : option dictionaries that the suites run.
     reduction : "mean" of the statistics, or "log_mean_exp" of one row of log-weights.
     block_kernel : the numba kernel
@@ -50,6 +50,7 @@ class Estimator(ABC):
 
     estimand: ClassVar[str]
     source: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
     unbiased: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -98,6 +99,15 @@ class Estimator(ABC):
     def kernel_options(self) -> tuple[int | float, ...]:
         """Numbers handed to the numba kernel before OUT."""
         return ()
+
+    @property
+    def declared_bias(self) -> str:
+        """Which bias against the N-step answer the estimator owns up to.
+
+        "none" (default); "1/n_paths", one that many paths per replicate remove in
+        proportion; "any", whose size is measured but never held against it.
+        """
+        return "none"
 
     @property
     def control(self) -> str:

@@ -60,12 +60,14 @@ class Problem(ABC):
     ----------------
     default_steps : the published number of time steps, or the suite's.
     source : where the problem comes from.
+    formula : the process, the reward and the running cost in LaTeX, without dollars.
     hardness : one sentence, why it is hard.
     variants : parameter dictionaries that the suites run.
     """
 
     default_steps: ClassVar[int] = 50
     source: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
     hardness: ClassVar[str] = ""
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 

@@ -14,6 +14,7 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from sdebench.errors import ParameterError, SDEBenchError, unknown
+from sdebench.files import file_spec, load_class
 
 if TYPE_CHECKING:
     from sdebench.estimator import Estimator
@@ -111,9 +112,18 @@ def _coerce(kind: str, name: str, field: dataclasses.Field[Any], value: Any) -> 
 
 
 def _build(kind: str, spec: str, given: dict[str, Any]) -> Any:
-    name, parameters = parse(spec)
+    if found := file_spec(spec):
+        name, parameters = parse(f"{found.path.stem}:{found.parameters}")
+        cls = load_class(found.path, found.class_name, kind)
+    else:
+        name, parameters = parse(spec)
+        cls = _class(kind, name)
     parameters.update(given)
-    cls = _class(kind, name)
+    return build(cls, kind, name, parameters)
+
+
+def build(cls: type, kind: str, name: str, parameters: dict[str, Any]) -> Any:
+    """Return an instance with parameters brought to the types of their defaults."""
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key, value in parameters.items():
         if key not in fields:
@@ -128,6 +138,7 @@ def problem(spec: str, **parameters: Any) -> Problem:
     Parameters
     ----------
     spec : name, or ``"name:parameter=value,…"``; hyphens may stand for underscores.
+        Or a file of your own, ``"path/to/file.py[:Class][:parameter=value,…]"``.
     **parameters : override the published defaults.
 
     Raises

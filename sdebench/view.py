@@ -6,6 +6,9 @@ It has no reference to the problem, so the truth cannot be reached from it.  Sta
 `sdebench.simulate.tables`), so that one step is
 
     X_{n+1} = base_mean(n, X_n) + apply_noise(n, w_n + z_n).
+
+Derivatives may be taken by the view's products or by automatic differentiation inside
+``torch.enable_grad()``; the view counts and notes both.
 """
 
 from __future__ import annotations
@@ -29,6 +32,14 @@ COUNTERS = (
     "reward_gradient_evaluations",
     "noise_draws",
 )
+NEEDS = {
+    "drift_vjp": "derivatives of the base drift",
+    "control_vjp": "derivatives of the control in the state",
+    "control_parameter_vjp": "derivatives of the control in theta",
+    "running_cost_gradient": "the gradient of the running cost",
+    "reward_gradient": "the gradient of the reward",
+}
+"""What an estimator may need besides forward paths and their costs."""
 
 
 @dataclass
@@ -71,6 +82,7 @@ class View:
     theta : (n_params,) numpy array, the control parameters (None: no control).
     dtype, device : of every tensor.
     counts : evaluations so far, each in units of one path.
+    used : which of `NEEDS` were used so far.
     """
 
     def __init__(
@@ -102,9 +114,23 @@ class View:
         self.dtype = getattr(torch, dtype)
         self.device = device
         self.counts = dict.fromkeys(COUNTERS, 0)
+        self.used: set[str] = set()
 
     def _count(self, counter: str) -> None:
         self.counts[counter] += self.n_paths
+
+    def _derivative(self, need: str, counter: str | None = "vjp_evaluations") -> None:
+        self.used.add(need)
+        if counter:  # a running cost is free, and so is its gradient
+            self._count(counter)
+
+    def _watch(
+        self, value: Tensor, need: str, counter: str | None = "vjp_evaluations"
+    ) -> Tensor:
+        """Notice a derivative that is taken by automatic differentiation."""
+        if value.requires_grad:
+            value.register_hook(lambda _: self._derivative(need, counter))
+        return value
 
     # ---- noise --------------------------------------------------------------------
     def start(self) -> Tensor:
@@ -121,7 +147,11 @@ class View:
         return self._family.start(normals, uniforms)
 
     def noise(self, step: int) -> Tensor:
-        """Return the standard normals z (n_paths, dim) of a step."""
+        """Return the standard normals z (n_paths, dim) of a step.
+
+        Steps from ``n_steps`` on give normals that no path uses, for an estimator's own
+        randomness.
+        """
         from sdebench.simulate.noise_torch import torch_step_normals
 
         self._count("noise_draws")
@@ -134,12 +164,12 @@ class View:
     def base_mean(self, step: int, x: Tensor) -> Tensor:
         """Return the mean of the base transition from x (n_paths, dim)."""
         self._count("drift_evaluations")
-        return self._family.base_mean(step, x)
+        return self._watch(self._family.base_mean(step, x), "drift_vjp")
 
     def control(self, step: int, x: Tensor) -> Tensor:
         """Return the control w_n(x) in noise units (n_paths, dim)."""
         self._count("control_evaluations")
-        return self._family.control(step, x)
+        return self._watch(self._family.control(step, x), "control_vjp")
 
     def apply_noise(self, step: int, v: Tensor) -> Tensor:
         """Return G_n v."""
@@ -151,36 +181,39 @@ class View:
 
     def base_vjp(self, step: int, x: Tensor, v: Tensor) -> Tensor:
         """Return (d base_mean / dx)^T v."""
-        self._count("vjp_evaluations")
+        self._derivative("drift_vjp")
         return self._family.base_vjp(step, x, v)
 
     def control_vjp(self, step: int, x: Tensor, v: Tensor) -> Tensor:
         """Return (d control / dx)^T v."""
-        self._count("vjp_evaluations")
+        self._derivative("control_vjp")
         return self._family.control_vjp(step, x, v)
 
     def control_parameter_vjp(self, step: int, x: Tensor, v: Tensor) -> Tensor:
         """Return (d control / d theta)^T v, (n_paths, n_params)."""
-        self._count("vjp_evaluations")
+        self._derivative("control_parameter_vjp")
         return self._family.control_parameter_vjp(step, x, v)
 
     # ---- costs ----------------------------------------------------------------------
     def running_cost(self, step: int, x: Tensor) -> Tensor:
         """Return the running cost of a step, its length included, (n_paths,)."""
-        return self._family.running_cost(step, x)
+        cost = self._family.running_cost(step, x)
+        return self._watch(cost, "running_cost_gradient", None)
 
     def running_cost_gradient(self, step: int, x: Tensor) -> Tensor:
         """Return the gradient of the running cost of a step, (n_paths, dim)."""
+        self._derivative("running_cost_gradient", None)
         return self._family.running_cost_gradient(step, x)
 
     def reward(self, x: Tensor) -> Tensor:
         """Return r(x), (n_paths,)."""
         self._count("reward_evaluations")
-        return self._family.reward(x)
+        value = self._family.reward(x)
+        return self._watch(value, "reward_gradient", "reward_gradient_evaluations")
 
     def reward_gradient(self, x: Tensor) -> Tensor:
         """Return grad r(x), (n_paths, dim)."""
-        self._count("reward_gradient_evaluations")
+        self._derivative("reward_gradient", "reward_gradient_evaluations")
         return self._family.reward_gradient(x)
 
     # ---- forward paths ---------------------------------------------------------------
@@ -226,6 +259,7 @@ class View:
         other = object.__new__(View)
         other.__dict__.update(self.__dict__)
         other.counts = dict.fromkeys(COUNTERS, 0)
+        other.used = set()
         other._rollout = None
         shared = self._rollout
 

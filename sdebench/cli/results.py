@@ -1,0 +1,109 @@
+"""Commands that show stored results: tables and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sdebench.cli.options import FORMATS, HEADLINE, debug, output
+from sdebench.console import print_json, write_text
+from sdebench.errors import ParameterError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def draw_figures(
+    frame: pd.DataFrame, folder: Path, formats: tuple[str, ...] = ()
+) -> list[Path]:
+    """Draw all figures of a frame and return their paths."""
+    from sdebench.report.plot import FORMATS, figures
+
+    return [Path(path) for path in figures(frame, folder, formats or FORMATS)]
+
+
+def print_table(
+    frame: pd.DataFrame,
+    format: str | None,
+    output: Path | None = None,
+    columns: tuple[str, ...] | None = None,
+) -> None:
+    """Print a frame as a table, or write it to a file."""
+    from sdebench.report.table import render
+
+    kind = format or ("md" if output else "terminal")
+    write_text(render(frame, kind, columns), output)
+
+
+def shorten(frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...] | None]:
+    """Return the rows and columns of a first look, or everything if there are none."""
+    from sdebench.report.selection import HEADLINE_COLUMNS, headline
+
+    chosen = headline(frame)
+    return (chosen, HEADLINE_COLUMNS) if len(chosen) else (frame, None)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results"))
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="Write to a file."
+)
+@HEADLINE
+@output
+def table(
+    folder: Path, output: Path | None, headline: bool, format: str | None
+) -> None:
+    """Print the table of the results in FOLDER."""
+    from sdebench.store import load
+
+    if format is None and output is not None:
+        endings = {".tex": "latex", ".htm": "html"}
+        suffix = output.suffix.lower()
+        format = endings.get(suffix, suffix.removeprefix("."))
+        if format not in FORMATS:
+            raise ParameterError(
+                f"--output {output} does not tell the format; add --format "
+                f"{'|'.join(FORMATS)}"
+            )
+    frame = load(folder)
+    shown, columns = shorten(frame) if headline else (frame, None)
+    print_table(shown, format, output, columns)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results"))
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Folder of the figures; default: FOLDER/figures.",
+)
+@HEADLINE
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(("png", "svg", "pdf")),
+    help="File formats; default: all three.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the paths as JSON.")
+@debug
+def plot(
+    folder: Path,
+    output: Path | None,
+    headline: bool,
+    formats: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Draw the figures of the results in FOLDER and print their paths."""
+    from sdebench.store import load
+
+    frame = load(folder)
+    shown = shorten(frame)[0] if headline else frame
+    paths = [str(p) for p in draw_figures(shown, output or folder / "figures", formats)]
+    if as_json:
+        print_json(paths)
+    else:
+        click.echo("\n".join(paths))
