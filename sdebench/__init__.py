@@ -21,6 +21,7 @@ from sdebench.errors import (
     ResultsError,
     SDEBenchError,
     UnknownNameError,
+    ValidationError,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "SDEBenchError",
     "Truth",
     "UnknownNameError",
+    "ValidationError",
     "View",
     "estimator",
     "estimator_names",

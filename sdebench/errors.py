@@ -35,6 +35,10 @@ class NotApplicableError(SDEBenchError):
     """An estimator outside its assumptions on a problem; carries the reason."""
 
 
+class ValidationError(SDEBenchError, AssertionError):
+    """A problem or an estimator that did not pass its checks; carries the report."""
+
+
 class NumericalError(SDEBenchError, ArithmeticError):
     """NaN or overflow in an estimator or a simulation."""
 

@@ -1,0 +1,1 @@
+"""Validation: a user's own estimator or problem against the exact answers."""
