@@ -59,6 +59,13 @@ class AdjointMatching(Estimator):
 
     estimand: ClassVar[str] = "matching_gradient"
     source: ClassVar[str] = "Domingo-Enrich et al. 2024, arXiv:2409.08861, eq. (37)"
+    formula: ClassVar[str] = r"""\begin{aligned}
+a_N &= -\nabla r(X_N), \quad
+  a_n = \left( \frac{\partial \mu_n}{\partial x} \right)^\top a_{n+1}
+  + \nabla f_n \\
+g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
+  \left( w_n + G_n^\top a_{n+1} \right)
+\end{aligned}"""
     unbiased: ClassVar[str] = (
         "the gradient of the discretized adjoint-matching loss; it vanishes at the "
         "optimum and differs from the gradient of J elsewhere"

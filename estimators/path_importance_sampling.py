@@ -51,6 +51,11 @@ class PathImportanceSampling(Estimator):
 
     estimand: ClassVar[str] = "log_normalizer"
     source: ClassVar[str] = "Girsanov weights; Kappen and Ruiz 2016, arXiv:1505.01874"
+    formula: ClassVar[str] = r"""\begin{aligned}
+\log W &= r(X_N) - \sum_n \left( f_n + w_n \cdot z_n
+  + \tfrac{1}{2} |w_n|^2 \right) \\
+\log Z &\approx \log \frac{1}{M} \sum_{m=1}^{M} W^{(m)}
+\end{aligned}"""
     unbiased: ClassVar[str] = (
         "Z of the discretized process before the logarithm, which biases by "
         "-Var(weight)/(2 n_paths Z^2)"

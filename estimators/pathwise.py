@@ -54,6 +54,12 @@ class Pathwise(Estimator):
         "backpropagation through the simulation; discrete adjoint of Domingo-Enrich "
         "et al. 2024, arXiv:2409.08861, section 5"
     )
+    formula: ClassVar[str] = r"""\begin{aligned}
+\lambda_N &= -\nabla r(X_N), \quad v_n = w_n + G_n^\top \lambda_{n+1} \\
+\lambda_n &= \left( \frac{\partial \mu_n}{\partial x} \right)^\top \lambda_{n+1}
+  + \left( \frac{\partial w_n}{\partial x} \right)^\top v_n + \nabla f_n \\
+g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
+\end{aligned}"""
     unbiased: ClassVar[str] = "the gradient of the discretized objective J_N"
     needs: ClassVar[frozenset[str]] = frozenset(
         {

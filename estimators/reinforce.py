@@ -118,6 +118,12 @@ class Reinforce(Estimator):
         "Williams 1992; leave-one-out: Kool et al. 2019; optimal constant: Greensmith "
         "et al. 2004"
     )
+    formula: ClassVar[str] = r"""\begin{aligned}
+c &= \sum_n \left( \tfrac{1}{2} |w_n|^2 + f_n \right) - r(X_N) \\
+S &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top z_n, \quad
+  D = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top w_n \\
+g &= (c - b)\,S + D
+\end{aligned}"""
     unbiased: ClassVar[str] = (
         "the gradient of the discretized objective J_N; with the mean baseline its "
         "likelihood-ratio part times 1 - 1/n_paths"

@@ -27,6 +27,10 @@ class OUQuadratic(LinearProblem):
 
     default_steps: ClassVar[int] = 50
     source: ClassVar[str] = "Domingo-Enrich et al. 2023, arXiv:2312.02027, OU quadratic"
+    formula: ClassVar[str] = r"""\begin{aligned}
+dX_t &= a X_t\,dt + u\,dt + dW_t, \quad X_0 \sim \mathcal{N}(0, s^2 I) \\
+f(x) &= p\,|x|^2, \quad r(x) = -q\,|x|^2
+\end{aligned}"""
 
     dim: int = 20
     rate: float = 1.0

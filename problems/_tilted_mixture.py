@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,13 @@ from sdebench.tilting_problem import TiltingProblem
 @dataclass(frozen=True, kw_only=True)
 class TiltedMixture(TiltingProblem):
     """A mixture of isotropic Gaussians tilted towards a target point."""
+
+    formula: ClassVar[str] = r"""\begin{aligned}
+dX_t &= \sigma^2 \left( \tfrac{1}{2} X_t + \nabla \log p_t(X_t) \right) dt
+  + \sigma\,(u\,dt + dW_t), \quad \sigma^2 = \text{rate} \\
+p_T(x) &= \sum_k w_k\,\mathcal{N}(x; m_k, \text{variance}\,I) \\
+r(x) &= -\tfrac{1}{2} \beta\,|x - \text{target}|^2, \quad f = 0
+\end{aligned}"""
 
     beta: float = 0.25
     variance: float = 1.0

@@ -36,6 +36,10 @@ class BrownianLinear(LinearProblem):
 
     default_steps: ClassVar[int] = 20
     source: ClassVar[str] = "elementary; Girsanov's theorem"
+    formula: ClassVar[str] = r"""\begin{aligned}
+dX_t &= \sigma\,(u\,dt + dW_t), \quad X_0 = 0 \\
+r(x) &= q \sum_i x_i, \quad f = 0
+\end{aligned}"""
     hardness: ClassVar[str] = (
         "It is not: estimators that claim zero variance at the optimum must show it "
         "here exactly."

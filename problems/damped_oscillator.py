@@ -35,6 +35,11 @@ class DampedOscillator(LinearProblem):
 
     default_steps: ClassVar[int] = 40
     source: ClassVar[str] = "Mei and Taghvaei 2026, arXiv:2603.20455, linear test"
+    formula: ClassVar[str] = r"""\begin{aligned}
+dX_t &= A X_t\,dt + \sigma\,(u\,dt + dW_t), \quad X_0 \sim \mathcal{N}(0, I) \\
+A &= \begin{pmatrix} 0 & 1 \\ -\text{frequency} & -\text{damping} \end{pmatrix} \\
+r(x) &= -\tfrac{1}{2} |x|^2, \quad f = 0
+\end{aligned}"""
     hardness: ClassVar[str] = (
         "Rotating dynamics: position and velocity exchange roles along the path, and "
         "the noise level scales the variance of every estimator."

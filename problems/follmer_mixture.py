@@ -44,6 +44,12 @@ class FollmerMixture(TiltingProblem):
 
     default_steps: ClassVar[int] = 50
     source: ClassVar[str] = "Zhang and Chen 2021, arXiv:2111.15141"
+    formula: ClassVar[str] = r"""\begin{aligned}
+dX_t &= \sigma\,(u\,dt + dW_t), \quad X_0 = 0 \\
+\nu(x) &= \text{mass} \left( \tfrac{1}{3} \mathcal{N}(x; m, \text{variance}\,I)
+  + \tfrac{2}{3} \mathcal{N}(x; -m, \text{variance}\,I) \right) \\
+r(x) &= \log \frac{\nu(x)}{\mathcal{N}(x; 0, \sigma^2 T I)}, \quad f = 0
+\end{aligned}"""
     hardness: ClassVar[str] = (
         "A mixture target from a point: the drift must choose a mode early, and the "
         "reward is not quadratic."

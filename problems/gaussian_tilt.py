@@ -53,6 +53,15 @@ class GaussianTilt(TiltingProblem):
 
     default_steps: ClassVar[int] = 50
     source: ClassVar[str] = "Domingo-Enrich et al. 2024, arXiv:2409.08861, section 4"
+    formula: ClassVar[str] = r"""\begin{aligned}
+dX_t &= \left( \kappa_t X_t + \left( \tfrac{1}{2} \sigma_t^2 + \eta_t \right)
+  \nabla \log p_t(X_t) \right) dt + \sigma_t\,(u\,dt + dW_t) \\
+\kappa_t &= \frac{\dot\alpha_t}{\alpha_t}, \quad
+  \eta_t = \beta_t (\kappa_t \beta_t - \dot\beta_t), \quad
+  p_T = \mathcal{N}(\text{mean}, \text{variance}\,I) \\
+r(x) &= \text{slope} \sum_i x_i - \tfrac{1}{2}\,\text{curvature}\,|x|^2,
+  \quad f = 0
+\end{aligned}"""
     hardness: ClassVar[str] = (
         "Constant noise keeps a memory of the start: the optimal control then misses "
         "the tilted law by an amount known exactly."

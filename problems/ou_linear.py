@@ -40,6 +40,11 @@ class OULinear(LinearProblem):
 
     default_steps: ClassVar[int] = 100
     source: ClassVar[str] = "Domingo-Enrich et al. 2023, arXiv:2312.02027, OU linear"
+    formula: ClassVar[str] = r"""\begin{aligned}
+dX_t &= A X_t\,dt + \sigma\,(u\,dt + dW_t), \quad X_0 = 0 \\
+A &= -I + \text{spread}\,\xi, \quad \sigma = I + \text{spread}\,\xi' \\
+r(x) &= -\omega \sum_i x_i, \quad f = 0
+\end{aligned}"""
     hardness: ClassVar[str] = (
         "Dense, non-commuting drift and noise matrices: a transposed Jacobian or noise "
         "matrix shows at once."

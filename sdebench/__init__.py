@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from sdebench.run import run
     from sdebench.simulate.paths import simulate
     from sdebench.store import load
+    from sdebench.validate import (
+        check_estimator,
+        check_problem,
+        parametrize_with_checks,
+    )
     from sdebench.view import View
 
 __version__ = "0.1.0"
@@ -55,11 +60,14 @@ __all__ = [
     "UnknownNameError",
     "ValidationError",
     "View",
+    "check_estimator",
+    "check_problem",
     "estimator",
     "estimator_names",
     "load",
     "measure",
     "measure_group",
+    "parametrize_with_checks",
     "problem",
     "problem_names",
     "run",
@@ -73,6 +81,9 @@ _LAZY = {
     "Problem": "problem",
     "Truth": "problem",
     "View": "view",
+    "check_estimator": "validate",
+    "check_problem": "validate",
+    "parametrize_with_checks": "validate",
     "estimator_names": "registry",
     "load": "store",
     "measure_group": "measure",

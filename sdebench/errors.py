@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SDEBenchError(Exception):
@@ -36,7 +37,12 @@ class NotApplicableError(SDEBenchError):
 
 
 class ValidationError(SDEBenchError, AssertionError):
-    """A problem or an estimator that did not pass its checks; carries the report."""
+    """A problem or an estimator that did not pass its checks.
+
+    ``report``: every check, passed or not.
+    """
+
+    report: Any = None
 
 
 class NumericalError(SDEBenchError, ArithmeticError):

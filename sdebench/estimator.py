@@ -60,8 +60,9 @@ class Estimator(ABC):
     # ---- identity ---------------------------------------------------------------
     @property
     def name(self) -> str:
-        """The file's stem, the estimator's name everywhere."""
-        return type(self).__module__.rpartition(".")[2]
+        """The file's stem, the estimator's name everywhere; typed in, the class's name."""
+        stem = type(self).__module__.rpartition(".")[2]
+        return type(self).__name__ if stem == "__main__" else stem
 
     @property
     def options(self) -> dict[str, Any]:

@@ -74,8 +74,9 @@ class Problem(ABC):
     # ---- identity ---------------------------------------------------------------
     @property
     def name(self) -> str:
-        """The file's stem, the problem's name everywhere."""
-        return type(self).__module__.rpartition(".")[2]
+        """The file's stem, the problem's name everywhere; typed in, the class's name."""
+        stem = type(self).__module__.rpartition(".")[2]
+        return type(self).__name__ if stem == "__main__" else stem
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -7,12 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
-
-if TYPE_CHECKING:
-    from sdebench.plan import Cell
+from typing import Any, Protocol, Self, TextIO
 
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class Work(Protocol):
+    """Anything that is worked through; its text is what a line says of it."""
+
+    @property
+    def work(self) -> int:
+        """Its size, in units of the time left."""
 
 
 class Progress:
@@ -71,7 +76,7 @@ class Progress:
         else:
             print(text, file=self.stream, flush=True)
 
-    def start(self, cells: Sequence[Cell], total: int) -> None:
+    def start(self, cells: Sequence[Work], total: int) -> None:
         """Announce the cells to be measured, out of ``total``."""
         self.total = total
         self.finished = total - len(cells)
@@ -84,7 +89,7 @@ class Progress:
                 "measuring", total=self.work, cells=f"{self.finished}/{total}"
             )
 
-    def done(self, cell: Cell, status: str, reason: str) -> None:
+    def done(self, cell: Work, status: str, reason: str) -> None:
         """Count one finished cell; a failure is said at once."""
         self.counts[status] += 1
         self.finished += 1

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sdebench.estimator import Estimator
+from sdebench.view import NEEDS
 
 
 class TorchOnly(Estimator):
@@ -31,6 +32,8 @@ class TorchOnly(Estimator):
 @dataclass(frozen=True, kw_only=True)
 class Adjoint(TorchOnly):
     """The pathwise derivative, correct unless a method below is overridden."""
+
+    needs: ClassVar[frozenset[str]] = frozenset(NEEDS)
 
     reward_sign = 1.0
     control_weight = 1.0
@@ -131,6 +134,8 @@ class MatchingSign(LeanAdjoint):
 class Score(TorchOnly):
     """Likelihood ratio without baseline, correct unless overridden."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"control_parameter_vjp"})
+
     control_weight = 1.0
     running_weight = 1.0
     reward_sign = 1.0
@@ -156,6 +161,8 @@ class Score(TorchOnly):
 
 class RewardToGo(TorchOnly):
     """Correct: the score of step n times the cost of steps n, n + 1, ... only."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"control_parameter_vjp"})
 
     def statistics(self, view):
         paths = view.rollout()
@@ -192,6 +199,8 @@ class ScoreWrongRewardSign(Score):
 @dataclass(frozen=True, kw_only=True)
 class Baseline(TorchOnly):
     """Likelihood ratio with the mean cost of the other paths as baseline: correct."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"control_parameter_vjp"})
 
     own_path = False
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from sdebench.cli import catalogue, measuring, results
+from sdebench.cli import catalogue, claims, measuring, results, validation
 from sdebench.cli.options import debug
 from sdebench.errors import SDEBenchError
 
@@ -30,10 +30,11 @@ def cli() -> None:
     sdebench run                              measure everything, quickly
     sdebench measure ou_linear pathwise       one estimator on one problem
     sdebench truth two_modes:beta=0.1         the exact answers
+    sdebench validate my_estimator.py         your own estimator or problem
     """  # noqa: D301 (click reads the backspace)
 
 
-for _module in (catalogue, measuring, results):
+for _module in (catalogue, claims, measuring, results, validation):
     for _command in vars(_module).values():
         if isinstance(_command, click.Command):
             cli.add_command(_command)

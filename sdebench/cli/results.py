@@ -1,4 +1,4 @@
-"""Commands that show stored results: tables and figures."""
+"""Commands that show stored results: tables, figures and a site."""
 
 from __future__ import annotations
 
@@ -107,3 +107,24 @@ def plot(
         print_json(paths)
     else:
         click.echo("\n".join(paths))
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("results"))
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="Folder of the pages; default: FOLDER/report.",
+)
+@click.option("--open", "show", is_flag=True, help="Open the first page in a browser.")
+@debug
+def report(folder: Path, output: Path | None, show: bool) -> None:
+    """Write the results in FOLDER as a static site and print its first page."""
+    from sdebench.report.site import write_site
+    from sdebench.store import load
+
+    index = write_site(load(folder), output or folder / "report")
+    click.echo(index)
+    if show:
+        click.launch(str(index))

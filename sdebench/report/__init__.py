@@ -1,4 +1,4 @@
-"""Tables and figures of measured cells; nothing here measures.
+"""Tables, figures and pages of measured cells; nothing here measures.
 
 The functions are loaded at first use: importing this package imports neither pandas
 nor matplotlib.
@@ -18,6 +18,7 @@ _HOME = {
     "variance_figure": "plot",
     "work_precision_figure": "plot",
     "order_figure": "plot",
+    "write_site": "site",
 }
 __all__ = [  # noqa: RUF022 (in the order of use)
     "headline",
@@ -28,6 +29,7 @@ __all__ = [  # noqa: RUF022 (in the order of use)
     "variance_figure",
     "work_precision_figure",
     "order_figure",
+    "write_site",
 ]
 
 

@@ -1,0 +1,380 @@
+"""One statistical cell of a validation: bias, power, variance, tail and cost."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdebench import registry
+from sdebench.errors import NumericalError
+from sdebench.estimator import Estimator
+from sdebench.measure.cell import ROUNDING, Judge, make_request
+from sdebench.measure.engine import count_evaluations
+from sdebench.measure.intervals import (
+    bias_norm,
+    rounding_tolerance,
+)
+from sdebench.measure.tails import tail_index, tail_size
+from sdebench.problem import POINTS, Problem
+from sdebench.simulate.tables import MixtureTables
+from sdebench.validate.sample import Sample, collect, settings_of
+from sdebench.validate.statistics import (
+    detectable_bias,
+    least_credible_p_value,
+    mean_test,
+    variance_ratio,
+)
+
+Array = NDArray[np.float64]
+
+GROUP = 256
+"""Paths of a replicate, for estimators that compare paths."""
+FEW = 16
+"""Paths of a replicate where its bias is tested: a bias of order 1/n_paths is large."""
+PILOT_PATHS = 1024
+"""Paths that choose the built-in to compare with; the comparison uses others."""
+N_PATHS = {"torch": 1 << 15, "numba": 1 << 17}
+"""Of a cell with 50 steps in up to five dimensions, or with two mixture components."""
+STEPS = 50
+MOST = 2
+"""Largest number of paths, as a multiple of these."""
+LADDER = (0.25, 0.5, 2.0)
+MAIN_POINT = "halfway"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationCell:
+    """Where an estimator is tested; ``significance`` is of the cell's own p-value."""
+
+    problem: str
+    point: str
+    n_steps: int
+    dtype: str
+    backend: str
+    n_paths: int
+    seed: int
+    significance: float
+    compare: bool
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of its own, so that the p-values of different cells are independent."""
+        text = f"{self.problem} {self.point} {self.n_steps} {self.dtype} {self.seed}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+    def __str__(self) -> str:
+        """Return where the cell is, in words."""
+        return f"{self.problem} at {self.point}, {self.n_steps} steps, {self.dtype}"
+
+
+def plan(
+    problems: Sequence[Problem],
+    *,
+    backend: str,
+    seed: int,
+    false_alarm: float,
+    paths_factor: float = 1.0,
+) -> list[ValidationCell]:
+    """Return all cells: points, a ladder of steps, and both precisions."""
+    places: list[tuple[Problem, str, int, str]] = []
+    for problem in problems:
+        steps = problem.default_steps
+        places += [(problem, point, steps, "float64") for point in POINTS]
+        places.append((problem, MAIN_POINT, steps, "float32"))
+        ladder = sorted({max(1, round(steps * factor)) for factor in LADDER} - {steps})
+        places += [(problem, MAIN_POINT, n, "float64") for n in ladder]
+    cells = []
+    for problem, point, n_steps, dtype in places:
+        cost = max(_relative_cost(problem) * n_steps / STEPS, 1.0 / MOST)
+        n_paths = int(paths_factor * N_PATHS[backend] / cost)
+        cells.append(
+            ValidationCell(
+                problem=problem.label,
+                point=point,
+                n_steps=n_steps,
+                dtype=dtype,
+                backend=backend,
+                n_paths=max(n_paths // GROUP, 8) * GROUP,
+                seed=seed,
+                significance=false_alarm / (2 * len(places)),
+                compare=n_steps == problem.default_steps and dtype == "float64",
+            )
+        )
+    return cells
+
+
+def _relative_cost(problem: Problem) -> float:
+    """Return what a path-step costs, relative to that of a simple problem."""
+    tables = problem.tables(problem.theta_star, problem.time_grid(1))
+    if isinstance(tables, MixtureTables):
+        return 0.5 * tables.tilted.shape[1]
+    return max(1.0, 0.2 * problem.dim)
+
+
+def built_ins(estimator: Estimator) -> list[Estimator]:
+    """Return the other estimators of the catalogue with the same estimand."""
+    found = []
+    for name in registry.estimator_names():
+        default = registry.estimator(name)
+        for options in default.variants:
+            other = registry.estimator(name, **options)
+            itself = type(other) is type(estimator) and other == estimator
+            if other.estimand == estimator.estimand and not itself:
+                found.append(other)
+    return found
+
+
+def _total_variance(sample: Sample) -> float:
+    """Return the variance of one path's contribution, summed over components."""
+    if sample.estimator.reduction == "log_mean_exp":
+        weights = _weights(sample, float(np.median(sample.rows[0])))
+        return float(weights.var(ddof=1) / weights.mean() ** 2)
+    values, paths = sample.contributions(GROUP)
+    return float(values.var(axis=0, ddof=1).sum()) * paths
+
+
+def _weights(sample: Sample, log_scale: float) -> Array:
+    with np.errstate(over="ignore"):
+        return np.exp(sample.rows[0] - log_scale)[:, None]
+
+
+def _choose(samples: Sequence[Sample]) -> Estimator | None:
+    """Return the estimator of the smallest variance."""
+    if not samples:
+        return None
+    return min(samples, key=_total_variance).estimator
+
+
+class CellTest:
+    """The measurement of one cell; `row` is its result."""
+
+    def __init__(
+        self, cell: ValidationCell, problem: Problem, estimator: Estimator
+    ) -> None:
+        self.cell, self.problem, self.estimator = cell, problem, estimator
+        self.request = make_request(
+            problem, point=cell.point, n_steps=cell.n_steps, dtype=cell.dtype
+        )
+        self.judge = Judge(self.request, estimator)
+
+    def _collect(
+        self, estimators: Sequence[Estimator], n_paths: int, seed: int
+    ) -> list[Sample]:
+        return collect(
+            self.problem,
+            estimators,
+            self.request.theta,
+            self.request.times,
+            n_paths=n_paths,
+            backend=self.cell.backend,
+            dtype=self.cell.dtype,
+            seed=seed,
+        )
+
+    def row(self) -> dict[str, Any]:
+        """Simulate and return every number of the cell.
+
+        Raises
+        ------
+        NumericalError
+            If the estimator returns NaN or infinity.
+        """
+        cell = self.cell
+        competitor, reference = self._opponents()
+        others = [e for e in dict.fromkeys((competitor, reference)) if e is not None]
+        chosen = [self.estimator, *others]
+        own, *samples = self._collect(chosen, cell.n_paths, cell.noise_seed)
+        found = dict(zip(others, samples, strict=True))
+        bad = int((~np.isfinite(own.rows)).any(axis=0).sum())
+        if bad:
+            raise NumericalError(f"NaN or infinity on {bad} of {own.n_paths} paths")
+        row: dict[str, Any] = asdict(cell)
+        row |= self._bias(own, found[reference] if reference else None)
+        row |= self._variance(own, found[competitor] if competitor else None)
+        row |= self._tail(own)
+        row["reference"] = reference.label if reference else None
+        row["competitor"] = competitor.label if competitor else None
+        row["ns_per_path_step"] = self._time(own)
+        row["competitor_ns"] = self._time(found[competitor]) if competitor else None
+        return row | self._evaluations()
+
+    def _opponents(self) -> tuple[Estimator | None, Estimator | None]:
+        """Return the built-in to compare with, and the one that stands for the truth.
+
+        The first has no more needs than the estimator; the second is needed where no
+        exact answer of the N-step chain exists.  A pilot sample chooses both.
+        """
+        others = [e for e in built_ins(self.estimator) if not e.not_applicable(GROUP)]
+        allowed = self.estimator.needs if self.cell.compare else None
+        equals = [e for e in others if allowed is not None and e.needs <= allowed]
+        exact = self.judge.discrete is not None
+        unbiased = [e for e in others if e.declared_bias == "none"]
+        wanted = list(dict.fromkeys(equals + ([] if exact else unbiased)))
+        wanted = [e for e in wanted if self.cell.backend == "torch" or e.block_kernel]
+        if not wanted:
+            return None, None
+        seed = self.cell.noise_seed ^ 1
+        pilot = self._collect(wanted, PILOT_PATHS, seed)
+        competitor = _choose([s for s in pilot if s.estimator in equals])
+        reference = _choose([s for s in pilot if s.estimator in unbiased])
+        return competitor, None if exact else reference
+
+    # ---- bias -------------------------------------------------------------------
+    def _bias(self, own: Sample, reference: Sample | None) -> dict[str, Any]:
+        """Return the estimator's own bias, its test and what the test could find."""
+        log = own.estimator.reduction == "log_mean_exp"
+        truth, discrete = self.judge.truth, self.judge.discrete
+        scale = 1.0 if log else self.judge.scale
+        if log:
+            log_scale = float((discrete if discrete is not None else truth)[0])  # type: ignore[index]
+            samples, paths = _weights(own, log_scale), 1
+            exact = np.ones(1)
+        else:
+            pair = [own, reference] if discrete is None and reference else [own]
+            group = self._group([sample.estimator for sample in pair])
+            samples, paths = self._samples(own, group)
+            exact = discrete if discrete is not None else np.zeros(samples.shape[1])
+        row = self._against_continuous_time(samples, truth, log)
+        tested = samples
+        if discrete is None:
+            if reference is None:
+                return row | self._untested("no exact answer of the N-step chain")
+            other, _ = (
+                (_weights(reference, log_scale), 1)
+                if log
+                else self._samples(reference, group)
+            )
+            tested, exact = samples - other, np.zeros(samples.shape[1])
+            if not np.isfinite(scale):
+                scale = float(np.linalg.norm(other.mean(axis=0)))
+        spread = float(np.sqrt(samples.var(axis=0, ddof=1).max() * paths))
+        relative = ROUNDING[self.cell.dtype]
+        tolerance = rounding_tolerance(samples.mean(axis=0), exact, relative)
+        tolerance += relative * spread
+        test, mean, covariance = mean_test(tested, exact, tolerance)
+        interval = bias_norm(
+            mean - exact,
+            covariance,
+            len(tested),
+            1.0 - self.cell.significance,
+            scale,
+            tolerance * np.sqrt(len(exact)),
+        )
+        power = detectable_bias(covariance, len(tested), self.cell.significance)
+        floor = least_credible_p_value(tested)
+        if floor > self.cell.significance:
+            power = np.inf
+        return row | {
+            "tested": True,
+            "p_value": max(test.p_value, floor),
+            "p_value_least": floor,
+            "method": test.method,
+            "relative_bias": interval.estimate,
+            "relative_bias_low": interval.low,
+            "relative_bias_high": interval.high,
+            "bias": (mean - exact).tolist(),
+            "std_error": np.sqrt(np.diag(covariance) / len(tested)).tolist(),
+            "detectable_bias": (power + tolerance) / scale,
+            "n_samples": len(tested),
+        }
+
+    def _untested(self, why: str) -> dict[str, Any]:
+        return {"tested": False, "why_not": why, "p_value": np.nan}
+
+    def _group(self, estimators: Sequence[Estimator]) -> int:
+        """Return the paths of one sample: 1, or what the estimators can do with."""
+        if any(e.declared_bias == "1/n_paths" for e in estimators):
+            return GROUP
+        if all(e.independent for e in estimators):
+            return 1
+        return GROUP if any(e.not_applicable(FEW) for e in estimators) else FEW
+
+    def _samples(self, sample: Sample, group: int) -> tuple[Array, int]:
+        """Return independent samples (n, P), and the paths of each.
+
+        A declared bias of order 1/n_paths is removed.
+        """
+        if sample.estimator.declared_bias == "1/n_paths":
+            halves = sample.values(group // 2)
+            pairs = 0.5 * (halves[0::2] + halves[1::2])
+            return 2.0 * sample.values(group) - pairs, group
+        if group > 1:
+            return sample.values(group), group
+        return sample.rows.T, 1
+
+    def _against_continuous_time(
+        self, samples: Array, truth: Array | None, log: bool
+    ) -> dict[str, Any]:
+        """Return the total bias, for the weak order."""
+        if truth is None:
+            return {"bias_total": None, "bias_covariance": None}
+        total = samples.mean(axis=0)
+        if log:  # of Z relative to the exact one, by the N-step or continuous log Z
+            base = self.judge.discrete if self.judge.discrete is not None else truth
+            total = total * np.exp(float(base[0]) - float(truth[0])) - 1.0
+        else:
+            total = total - truth
+        covariance = np.atleast_2d(np.cov(samples, rowvar=False)) / len(samples)
+        return {"bias_total": total.tolist(), "bias_covariance": covariance.tolist()}
+
+    # ---- variance, tail, cost -----------------------------------------------------
+    def _variance(self, own: Sample, other: Sample | None) -> dict[str, Any]:
+        scale = 1.0 if own.estimator.reduction == "log_mean_exp" else self.judge.scale
+        row: dict[str, Any] = {
+            "relative_variance": _total_variance(own) / scale**2,
+            "variance_ratio": np.nan,
+            "variance_ratio_low": np.nan,
+            "variance_ratio_high": np.nan,
+        }
+        if other is None:
+            return row
+        if own.estimator.reduction == other.estimator.reduction == "log_mean_exp":
+            log_scale = float(np.median(own.rows[0]))
+            first, second = (_weights(s, log_scale) for s in (own, other))
+        elif own.estimator.independent and other.estimator.independent:
+            first, second = own.rows.T, other.rows.T
+        else:
+            first, second = own.values(GROUP), other.values(GROUP)
+        ratio = variance_ratio(first, second)
+        names = ("variance_ratio", "variance_ratio_low", "variance_ratio_high")
+        return row | dict(zip(names, map(float, ratio), strict=True))
+
+    def _tail(self, own: Sample) -> dict[str, Any]:
+        log = own.estimator.reduction == "log_mean_exp"
+        if log:
+            values = own.rows[0]
+        else:
+            rows = own.rows[: self.problem.n_params]
+            centre = np.median(rows, axis=1, keepdims=True)
+            values = np.linalg.norm(rows - centre, axis=0)
+        if float(np.ptp(values)) <= ROUNDING[self.cell.dtype] * (
+            1.0 + float(np.abs(own.rows).max())
+        ):
+            return {"tail_index": np.inf, "infinite_variance_suspected": False}
+        top = np.sort(values)[::-1][: tail_size(len(values))]
+        tail = tail_index(top, len(values), log=log)
+        return {
+            "tail_index": tail.alpha,
+            "infinite_variance_suspected": bool(tail.infinite_variance_suspected),
+        }
+
+    def _time(self, sample: Sample) -> float:
+        seconds = sample.seconds + sample.shared_seconds
+        return 1e9 * seconds / (sample.n_paths * self.cell.n_steps)
+
+    def _evaluations(self) -> dict[str, float]:
+        tables, settings = settings_of(
+            self.problem,
+            self.estimator.control,
+            self.request.theta,
+            self.request.times,
+            n_paths=2,
+            backend="torch",
+            dtype=self.cell.dtype,
+        )
+        return count_evaluations(tables, self.estimator, settings)

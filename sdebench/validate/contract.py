@@ -1,0 +1,300 @@
+"""What the harness relies on: shapes, precision, inputs, noise, needs, both backends.
+
+Every check runs on a few paths and steps of one problem.  Paths must not know of each
+other inside `statistics`: the harness cuts replicates into blocks, and treats rows as
+independent samples; what compares paths belongs into `combine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdebench.estimator import Estimator
+from sdebench.measure.engine import NumbaWorker, Settings, TorchWorker
+from sdebench.problem import ESTIMANDS, Problem
+from sdebench.simulate.noise import split_seed
+from sdebench.validate.report import FAILED, PASSED, SKIPPED, Check
+from sdebench.validate.sample import settings_of
+from sdebench.view import NEEDS, Rollout, View
+
+N_PATHS, N_STEPS = 8, 6
+GROUP = 4
+"""Paths of a block when blocks are compared: even, as antithetic pairs need it."""
+KERNEL_PATHS = 300
+"""Neither a multiple of a block nor of a vector."""
+AGREEMENT = {"float64": 1e-11, "float32": 1e-4}
+"""Difference allowed between backends, relative to the largest statistic of a row."""
+
+
+def _view(
+    problem: Problem,
+    estimator: Estimator,
+    dtype: str,
+    device: str = "cpu",
+    first_path: int = 0,
+    n_paths: int = N_PATHS,
+) -> View:
+    times = problem.time_grid(N_STEPS)
+    tables, settings = settings_of(
+        problem,
+        estimator.control,
+        problem.theta("halfway"),
+        times,
+        n_paths=n_paths,
+        backend="torch",
+        dtype=dtype,
+        device=device,
+    )
+    return View(
+        tables,
+        times,
+        settings.theta,
+        key=split_seed(11),
+        replicate=0,
+        first_path=first_path,
+        n_paths=n_paths,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _evaluate(estimator: Estimator, view: View) -> torch.Tensor:
+    with torch.no_grad():
+        return estimator.statistics(view)
+
+
+def _copy(paths: Rollout) -> list[torch.Tensor]:
+    parts = [*paths.states, *paths.noises, *paths.controls]
+    parts += [paths.control_cost, paths.running_cost, paths.martingale, paths.reward]
+    return [part.clone() for part in parts]
+
+
+def contract_checks(
+    estimator: Estimator, problem: Problem, dtype: str = "float64"
+) -> Iterator[Check]:
+    """Yield the outcomes of all checks on one problem at one precision.
+
+    The first check that cannot go on ends the rest.
+    """
+    if estimator.estimand not in ESTIMANDS:
+        yield Check(
+            name="interface",
+            status=FAILED,
+            message=f"estimand {estimator.estimand!r} is none of "
+            f"{', '.join(ESTIMANDS)}",
+        )
+        return
+    if unknown := set(estimator.needs) - set(NEEDS):
+        yield Check(
+            name="declared_needs",
+            status=FAILED,
+            message=f"needs {sorted(unknown)} are none of {', '.join(NEEDS)}",
+        )
+    view = _view(problem, estimator, dtype)
+    paths = view.rollout()
+    before, times = _copy(paths), view.times.copy()
+    theta = None if view.theta is None else view.theta.copy()
+    rows = _evaluate(estimator, view)
+    if message := _shape(estimator, problem, rows):
+        yield Check(name="interface", status=FAILED, message=message)
+        return
+    yield Check(name="interface", status=PASSED, message=f"rows {tuple(rows.shape)}")
+    yield _verdict(
+        "finite",
+        bool(torch.isfinite(rows).all()),
+        f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} statistics are NaN or "
+        "infinite",
+    )
+    yield _verdict(
+        "dtype",
+        rows.dtype == view.dtype and not rows.requires_grad,
+        "statistics carry a graph of automatic differentiation: detach them"
+        if rows.requires_grad
+        else f"statistics are {rows.dtype} where the view is {view.dtype}",
+    )
+    rows = rows.detach()
+    yield _verdict(
+        "device",
+        rows.device.type == "cpu",
+        f"statistics are on {rows.device} where the view is on {view.device}",
+    )
+    same = all(map(torch.equal, _copy(paths), before))
+    same &= np.array_equal(view.times, times)
+    same &= theta is None or np.array_equal(view.theta, theta)  # type: ignore[arg-type]
+    yield _verdict(
+        "inputs_unchanged",
+        same,
+        "statistics wrote into the view's paths, times or theta, which other "
+        "estimators share: work on copies",
+    )
+    yield _deterministic(estimator, problem, dtype, rows)
+    yield _blocks(estimator, problem, dtype, rows)
+    yield _needs(estimator, view)
+    yield _combine(estimator, problem, rows)
+
+
+def _verdict(name: str, passed: bool, message: str) -> Check:
+    if passed:
+        return Check(name=name, status=PASSED, message="")
+    return Check(name=name, status=FAILED, message=message)
+
+
+def _shape(estimator: Estimator, problem: Problem, rows: Any) -> str:
+    """Return what is wrong with the value of `statistics`, or ""."""
+    if not isinstance(rows, torch.Tensor):
+        return f"statistics returned {type(rows).__name__}, not a torch.Tensor"
+    log = estimator.reduction == "log_mean_exp"
+    wanted = (N_PATHS, 1 if log else estimator.n_statistics(problem.n_params))
+    if tuple(rows.shape) != wanted:
+        return (
+            f"statistics returned shape {tuple(rows.shape)}; expected {wanted}, one "
+            f"row per path and {'the log-weight' if log else 'n_statistics'} columns"
+        )
+    return ""
+
+
+def _deterministic(
+    estimator: Estimator, problem: Problem, dtype: str, rows: torch.Tensor
+) -> Check:
+    """Evaluate the same block again with other global random numbers."""
+    state = torch.get_rng_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002 (it is the global one we mean)
+    try:
+        torch.manual_seed(12345)
+        np.random.seed(12345)  # noqa: NPY002
+        again = _evaluate(estimator, _view(problem, estimator, dtype))
+    finally:
+        torch.set_rng_state(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+    return _verdict(
+        "deterministic",
+        torch.equal(torch.nan_to_num(rows), torch.nan_to_num(again)),
+        "the same paths gave different statistics: draw own noise from "
+        "view.noise(n_steps + k), not from a global generator, and keep no state",
+    )
+
+
+def _blocks(
+    estimator: Estimator, problem: Problem, dtype: str, rows: torch.Tensor
+) -> Check:
+    parts = [
+        _evaluate(estimator, _view(problem, estimator, dtype, "cpu", first, GROUP))
+        for first in range(0, N_PATHS, GROUP)
+    ]
+    if any(part.shape != (GROUP, rows.shape[1]) for part in parts):
+        shape = tuple(parts[0].shape)
+        return _verdict("paths_independent", False, f"{GROUP} paths gave rows {shape}")
+    joined = torch.cat(parts).detach()
+    # Batches of another size are summed in another order: rounding, no more.
+    scale = float(torch.nan_to_num(rows).abs().max()) + 1.0
+    gap = float(torch.nan_to_num(joined - rows).abs().max())
+    return _verdict(
+        "paths_independent",
+        gap <= AGREEMENT[dtype] * scale,
+        f"a path's statistics change by {gap:.2g} with the other paths of its block: "
+        "return sums per path and compare paths in combine (see reinforce.py)",
+    )
+
+
+def _needs(estimator: Estimator, view: View) -> Check:
+    hidden = sorted(view.used - set(estimator.needs))
+    return Check(
+        name="declared_needs",
+        status=FAILED if hidden else PASSED,
+        message=f"uses {', '.join(NEEDS.get(n, n) for n in hidden)} without declaring "
+        f"it: needs must include {', '.join(hidden)}"
+        if hidden
+        else "",
+        details={"used": sorted(view.used)},
+    )
+
+
+def _combine(estimator: Estimator, problem: Problem, rows: torch.Tensor) -> Check:
+    if estimator.reduction == "log_mean_exp":
+        return _verdict("combine", True, "")
+    mean = rows.double().numpy().mean(axis=0)
+    value = np.asarray(estimator.combine(mean, N_PATHS), dtype=np.float64)
+    log = estimator.estimand == "log_normalizer"
+    wanted = (1,) if log else (problem.n_params,)
+    finite = bool(np.isfinite(value).all()) or not bool(torch.isfinite(rows).all())
+    return _verdict(
+        "combine",
+        value.shape == wanted and finite,
+        f"combine returned shape {value.shape}{'' if finite else ', not finite'}; "
+        f"expected {wanted}, the estimate",
+    )
+
+
+def device_check(estimator: Estimator, problem: Problem) -> Check:
+    """Run the same torch code on an accelerator, if there is one."""
+    if not torch.cuda.is_available():
+        message = "no CUDA device here: not tested"
+        return Check(name="accelerator", status=SKIPPED, message=message)
+    rows = _evaluate(estimator, _view(problem, estimator, "float64", "cuda"))
+    here = _evaluate(estimator, _view(problem, estimator, "float64"))
+    if rows.device.type != "cuda":
+        return _verdict("accelerator", False, f"statistics came back on {rows.device}")
+    gap = float((rows.cpu() - here).abs().max()) / (1.0 + float(here.abs().max()))
+    return _verdict("accelerator", gap < 1e-9, f"cuda and cpu differ by {gap:.2g}")
+
+
+def kernel_check(estimator: Estimator, problem: Problem, dtype: str) -> Check:
+    """Compare the numba kernel with the torch function path by path."""
+    times = problem.time_grid(N_STEPS + 1)
+    tables, settings = settings_of(
+        problem,
+        estimator.control,
+        problem.theta("halfway"),
+        times,
+        n_paths=KERNEL_PATHS,
+        backend="numba",
+        dtype=dtype,
+        seed=5,
+    )
+    ours, changed = _kernel_rows(estimator, tables, settings)
+    theirs = _rows(TorchWorker(tables, [estimator], settings), settings)
+    if changed:
+        return _verdict("kernel_agrees", False, f"the kernel wrote into {changed}")
+    if not np.isfinite(ours).all():
+        return _verdict("kernel_agrees", False, "the kernel returned NaN or infinity")
+    scale = np.max(np.abs(theirs), axis=1, keepdims=True)
+    gap = np.abs(ours - theirs) / np.maximum(scale, np.finfo(np.float64).tiny)
+    worst = int(np.argmax(gap.max(axis=1)))
+    return _verdict(
+        "kernel_agrees",
+        bool(gap.max() <= AGREEMENT[dtype]),
+        f"kernel and torch function differ by {gap.max():.2g} of the largest value in "
+        f"statistic {worst}, on the same paths ({dtype})",
+    )
+
+
+def _rows(worker: Any, settings: Settings) -> np.ndarray:
+    parts = []
+    for first in range(0, settings.n_paths, worker.size):
+        count = min(worker.size, settings.n_paths - first)
+        rows, _, _ = worker.block(0, first, count)
+        parts.append(np.array(rows[0][:, :count], dtype=np.float64))
+    return np.concatenate(parts, axis=1)
+
+
+def _kernel_rows(
+    estimator: Estimator, tables: Any, settings: Settings
+) -> tuple[np.ndarray, str]:
+    """Return the kernel's rows, and the name of an input that it changed or ""."""
+    worker = NumbaWorker(tables, [estimator], settings)
+    clean = NumbaWorker(tables, [], settings)
+    rows = _rows(worker, settings)
+    count = min(settings.n_paths, worker.size)
+    worker.block(0, 0, count)
+    clean.block(0, 0, count)
+    for name in ("states", "normals", "controls", "totals"):
+        if not np.array_equal(
+            getattr(worker._buffers, name)[..., :count],
+            getattr(clean._buffers, name)[..., :count],
+        ):
+            return rows, f"{name}, which other estimators share"
+    return rows, ""

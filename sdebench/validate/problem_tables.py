@@ -1,0 +1,198 @@
+"""Checks of the coefficient tables against the functions of the problem."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+from scipy.special import logsumexp
+
+from sdebench.closed_form import log_quadratics as lq
+from sdebench.errors import NotApplicableError
+from sdebench.problem import Problem
+from sdebench.simulate.tables import LinearTables, MixtureTables, Tables
+from sdebench.validate.problem_checks import (
+    Array,
+    Comparison,
+    Theta,
+    closest,
+    derivative,
+    parameter_scale,
+    require,
+    visited,
+)
+
+
+def table_step(tables: Tables, n: int, x: Array) -> tuple[Array, Array, Array]:
+    """Return base mean (m, d), noise matrix (d, d) and w (m, d) of step n, in numpy."""
+    if isinstance(tables, LinearTables):
+        return (
+            x @ tables.transition[n].T + tables.offset[n],
+            tables.noise[n],
+            x @ tables.gain[n].T + tables.bias[n],
+        )
+    base = _score(tables.base[n], x)
+    mean = tables.scale[n] * x + tables.offset[n] + tables.base_gain[n] * base
+    w = tables.control_gain[n] * (_score(tables.tilted[n], x) - base)
+    return mean, tables.noise[n] * np.eye(x.shape[1]), w
+
+
+def _softmax(rows: Array, x: Array) -> tuple[Array, Array]:
+    """Return weights (m, K) and slopes (m, K, d) of the rows' log-sum-exp at x."""
+    d = x.shape[1]
+    exponent = _values(rows, x)
+    weights = np.exp(exponent - logsumexp(exponent, axis=1, keepdims=True))
+    return weights, rows[:, :d] + 2.0 * rows[:, d:-1] * x[:, None, :]
+
+
+def _values(rows: Array, x: Array) -> Array:
+    d = x.shape[1]
+    return x @ rows[:, :d].T + x**2 @ rows[:, d:-1].T + rows[:, -1]
+
+
+def _score(rows: Array, x: Array) -> Array:
+    if len(rows) == 0:
+        return np.zeros_like(x)
+    return np.einsum("nk,nki->ni", *_softmax(rows, x))
+
+
+def check_tables(
+    problem: Problem, theta: Theta, n_steps: int = 12, tolerance: float = 1e-12
+) -> Comparison:
+    """Euler-Maruyama tables against the problem's own drift, diffusion and policy."""
+    times = problem.time_grid(n_steps)
+    tables = problem.tables(None if theta is None else problem.theta(theta), times)
+    x = visited(problem, n_times=1, n_each=16)[0][1]
+    found = []
+    for n in range(n_steps):
+        t, h = times[n], times[n + 1] - times[n]
+        mean, noise, w = table_step(tables, n, x)
+        u = np.zeros_like(x)
+        if theta is not None:
+            u = problem.truth.policy(x, t, theta)
+        for name, got, wanted in (
+            ("x + h b(x, t)", mean, x + h * problem.drift(x, t)),
+            ("sqrt(h) sigma(t)", noise, np.sqrt(h) * problem.diffusion(t)),
+            ("sqrt(h) u_theta(x, t)", w, np.sqrt(h) * u),
+        ):
+            scale = 1e-3 + np.max(np.abs(wanted))
+            what = f"tables at step {n} against {name}"
+            found.append(require(np.abs(got - wanted) / scale, tolerance, what))
+        if isinstance(tables, LinearTables):
+            cost = 0.5 * np.einsum("ni,ij,nj->n", x, tables.running[n], x)
+            error = np.abs(cost - h * problem.running_cost(x, t)).max()
+            limit = tolerance * (1 + np.abs(cost).max())
+            found.append(require(error, limit, f"running cost in the tables, step {n}"))
+    if isinstance(tables, LinearTables):
+        reward = -0.5 * np.einsum("ni,ij,nj->n", x, tables.reward_quadratic, x)
+        reward = reward + x @ tables.reward_linear + tables.reward_constant
+    else:
+        reward = lq.log_value(tables.reward, x)
+    wanted = problem.reward(x)
+    error = np.abs(reward - wanted) / (1 + np.abs(wanted))
+    return closest([*found, require(error, tolerance, "reward in the tables")])
+
+
+def check_parameter_tables(
+    problem: Problem,
+    theta: Theta,
+    n_steps: int = 6,
+    scheme: str = "euler_maruyama",
+    tolerance: float = 1e-9,
+    step: float = 0.02,
+) -> Comparison:
+    """dw/dtheta from the tables against differences of w in theta."""
+    theta, times = problem.theta(theta), problem.time_grid(n_steps)
+    tables = problem.tables(theta, times, scheme)
+    x = visited(problem, n_times=1, n_each=8)[0][1]
+    step *= parameter_scale(problem)
+    found = []
+    for n, p in product(range(n_steps), range(problem.n_params)):
+        unit = np.eye(problem.n_params)[p]
+
+        def control(s: float, n: int = n, unit: Array = unit) -> Array:
+            return table_step(problem.tables(theta + s * unit, times, scheme), n, x)[2]
+
+        if isinstance(tables, LinearTables):
+            basis = tables.basis[p, :, n]
+            gain = np.einsum("s,sij->ij", basis, tables.feature_gain[:, n])
+            got = x @ gain.T + basis @ tables.feature_bias[:, n]
+        else:
+            got = _control_derivative(tables, n, p, x)
+        wanted = derivative(control, step)
+        error = np.abs(got - wanted) / (1e-2 + np.max(np.abs(wanted)))
+        found.append(require(error, tolerance, f"dw/dtheta_{p} at step {n}"))
+    return closest(found)
+
+
+def _control_derivative(tables: MixtureTables, n: int, p: int, x: Array) -> Array:
+    """Return dw_n/dtheta_p (m, d) of tilted mixtures."""
+    d = x.shape[1]
+    change = tables.tilted_derivative[p, n]
+    gamma, slopes = _softmax(tables.tilted[n], x)
+    moved = _values(change, x)
+    slope_change = change[:, :d] + 2.0 * change[:, d:-1] * x[:, None, :]
+    weights = gamma * (moved - np.sum(gamma * moved, axis=1, keepdims=True))
+    total = np.einsum("nk,nki->ni", weights, slopes)
+    total = total + np.einsum("nk,nki->ni", gamma, slope_change)
+    return tables.control_gain[n] * total
+
+
+def check_exponential_scheme(problem: Problem, tolerance: float = 1e-12) -> Comparison:
+    """Two half steps of the linear part compose to one whole step, noise included."""
+    coarse = problem.time_grid(4)
+    fine = np.sort(np.concatenate([coarse, 0.5 * (coarse[1:] + coarse[:-1])]))
+    zero = problem.theta("zero")
+    try:
+        whole = problem.tables(zero, coarse, "exponential")
+        parts: Any = problem.tables(zero, fine, "exponential")
+    except np.linalg.LinAlgError:
+        raise NotApplicableError(
+            "the noise of one step does not reach every direction"
+        ) from None
+    found = []
+    for n in range(4):
+        if isinstance(whole, LinearTables):
+            pairs = _linear_pairs(whole, parts, n)
+        else:
+            levels = [
+                tables.control_gain * tables.noise / _levels_of(problem, times)
+                for tables, times in ((whole, coarse), (parts, fine))
+            ]
+            pairs = _mixture_pairs(whole, parts, levels, n)
+        for got, wanted in pairs:
+            error = np.abs(got - wanted) / (1e-3 + np.max(np.abs(wanted)))
+            found.append(require(error, tolerance, f"exponential step {n}"))
+    return closest(found)
+
+
+def _linear_pairs(whole: Any, parts: Any, n: int) -> list[tuple[Array, Array]]:
+    """Return the coefficients of step n, and those of its two halves composed."""
+    i, j = 2 * n, 2 * n + 1
+    M, c, G = parts.transition, parts.offset, parts.noise
+    carried = M[j] @ G[i] @ G[i].T @ M[j].T
+    return [
+        (whole.transition[n], M[j] @ M[i]),
+        (whole.offset[n], M[j] @ c[i] + c[j]),
+        (whole.noise[n] @ whole.noise[n].T, carried + G[j] @ G[j].T),
+    ]
+
+
+def _mixture_pairs(
+    whole: Any, parts: Any, levels: list[Array], n: int
+) -> list[tuple[Array, Array]]:
+    """The same for a mixture; ``levels`` are the responses to the control."""
+    i, j = 2 * n, 2 * n + 1
+    a, c, g, b = parts.scale, parts.offset, parts.noise, parts.base_gain
+    return [
+        (whole.scale[n], a[j] * a[i]),
+        (whole.offset[n], a[j] * c[i] + c[j]),
+        (whole.noise[n] ** 2, a[j, 0] ** 2 * g[i] ** 2 + g[j] ** 2),
+        (whole.base_gain[n], a[j, 0] * b[i] + b[j]),
+        (levels[0][n], a[j, 0] * levels[1][i] + levels[1][j]),
+    ]
+
+
+def _levels_of(problem: Problem, times: Array) -> Array:
+    return np.array([problem.diffusion(t)[0, 0] for t in times[:-1]])

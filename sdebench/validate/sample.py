@@ -1,0 +1,125 @@
+"""Samples of estimators on one cell: the same paths for all, kept in memory.
+
+Measuring (`sdebench.measure`) streams; validation compares estimators path by path and
+needs the joint sample.  One call simulates ``n_paths`` independent paths; estimators
+that compare paths are evaluated on groups of ``group`` of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from sdebench.estimator import Estimator
+from sdebench.measure.engine import NumbaWorker, Settings, TorchWorker
+from sdebench.problem import Problem
+
+Array = NDArray[np.float64]
+CONTROLS = ("theta", "none", "optimal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What one estimator returned on the paths of a cell.
+
+    rows : (C, n_paths), the statistics of every path.
+    seconds : spent in the estimator, and in the forward pass it shares.
+    """
+
+    estimator: Estimator
+    rows: Array
+    seconds: float
+    shared_seconds: float
+
+    @property
+    def n_paths(self) -> int:
+        """Number of paths."""
+        return int(self.rows.shape[1])
+
+    def values(self, group: int) -> Array:
+        """Return the estimates (n_paths // group, P) of groups of paths."""
+        count = self.n_paths // group
+        parts = self.rows[:, : count * group].reshape(len(self.rows), count, group)
+        if self.estimator.reduction == "log_mean_exp":
+            return logsumexp(parts[0], axis=1)[:, None] - np.log(group)
+        means = parts.mean(axis=2).T
+        found = [self.estimator.combine(mean, group) for mean in means]
+        return np.array(found, dtype=np.float64)
+
+    def contributions(self, group: int) -> tuple[Array, int]:
+        """Return independent samples (n, P) of the estimate, and the paths of each."""
+        if self.estimator.independent:
+            return self.rows.T, 1
+        return self.values(group), group
+
+
+def settings_of(
+    problem: Problem,
+    control: str,
+    theta: Array,
+    times: Array,
+    *,
+    n_paths: int,
+    backend: str,
+    dtype: str,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[Any, Settings]:
+    """Return the coefficient tables under a control, and the settings."""
+    found = {"theta": theta, "none": None, "optimal": problem.theta_star}[control]
+    settings = Settings(
+        times=times,
+        theta=found,
+        n_paths=n_paths,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    return problem.tables(found, times), settings
+
+
+def collect(
+    problem: Problem,
+    estimators: Sequence[Estimator],
+    theta: Array,
+    times: Array,
+    **options: Any,
+) -> list[Sample]:
+    """Return a sample of every estimator on the same noise.
+
+    Parameters
+    ----------
+    theta : (P,) of the evaluation point; times : the grid.
+    options : n_paths, backend, dtype, device, seed as in `Settings`.
+    """
+    found: dict[int, Sample] = {}
+    for control in CONTROLS:
+        mine = [i for i, e in enumerate(estimators) if e.control == control]
+        if not mine:
+            continue
+        tables, settings = settings_of(problem, control, theta, times, **options)
+        kind = NumbaWorker if settings.backend == "numba" else TorchWorker
+        worker = kind(tables, [estimators[i] for i in mine], settings)
+        parts: list[list[Array]] = [[] for _ in mine]
+        shared, own = 0.0, np.zeros(len(mine))
+        for first in range(0, settings.n_paths, worker.size):
+            count = min(worker.size, settings.n_paths - first)
+            rows, forward, spent = worker.block(0, first, count)
+            shared += forward
+            own += spent
+            for part, row in zip(parts, rows, strict=True):
+                part.append(np.array(row[:, :count], dtype=np.float64))
+        for i, part, seconds in zip(mine, parts, own, strict=True):
+            found[i] = Sample(
+                estimator=estimators[i],
+                rows=np.concatenate(part, axis=1),
+                seconds=float(seconds),
+                shared_seconds=shared,
+            )
+    return [found[i] for i in range(len(estimators))]
