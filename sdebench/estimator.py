@@ -60,7 +60,7 @@ class Estimator(ABC):
     # ---- identity ---------------------------------------------------------------
     @property
     def name(self) -> str:
-        """The file's stem, the estimator's name everywhere; typed in, the class's name."""
+        """The file's stem, its name everywhere; of a class typed in, the class's."""
         stem = type(self).__module__.rpartition(".")[2]
         return type(self).__name__ if stem == "__main__" else stem
 

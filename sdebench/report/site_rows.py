@@ -11,7 +11,13 @@ from typing import Any
 from sdebench.report.format import finite
 from sdebench.report.markup import Sheet
 from sdebench.report.selection import HEADLINE_COLUMNS
-from sdebench.report.table import COLUMNS, _best, _notes, _texts, _worth_showing
+from sdebench.report.table import (
+    COLUMNS,
+    best_rows,
+    column_texts,
+    table_notes,
+    worth_showing,
+)
 
 Cell = dict[str, Any]
 
@@ -92,7 +98,7 @@ def table_maker(
     cells : rows of `sdebench.report.summary`.
     links : pages by column, then by text.
     """
-    best = {key: _best(cells, column) for key, column in COLUMNS.items()}
+    best = {key: best_rows(cells, column) for key, column in COLUMNS.items()}
 
     def make(
         chosen: Sequence[int],
@@ -101,10 +107,10 @@ def table_maker(
         without: tuple[str, ...] = (),
     ) -> Table:
         mine = [cells[i] for i in chosen]
-        keys = [k for k in _worth_showing(mine) if k not in (*without, "verdict")]
+        keys = [k for k in worth_showing(mine) if k not in (*without, "verdict")]
         # The verdict is what most readers look for: before the numbers.
         keys.insert(keys.index("estimator") + 1, "verdict")
-        texts = {k: _texts(mine, COLUMNS[k]) for k in keys}
+        texts = {k: column_texts(mine, COLUMNS[k]) for k in keys}
         rows = []
         for n, i in enumerate(chosen):
             entries = [
@@ -127,7 +133,7 @@ def table_maker(
             )
             for key in keys
         ]
-        notes = _notes(mine, keys, True, command)[:-1]  # the foot says the origin
+        notes = table_notes(mine, keys, True, command)[:-1]  # the foot says the origin
         marked = {key: best[key].intersection(chosen) for key in keys}
         caption = Sheet({}, {}, {}, marked, notes).caption("Bold")
         return Table(columns, rows, caption)
@@ -140,7 +146,11 @@ def _tone(cell: Cell) -> str:
         return "refused"
     if cell["verdict"].startswith(("unbiased", "discretization")):
         return "good"
-    return "bad" if cell["verdict"].startswith("biased") else ""
+    if cell["verdict"] == "biased":
+        return "bad"
+    # A total bias may be all discretization; a heavy tail decides nothing.
+    doubtful = ("biased, not split", "undecided", "infinite")
+    return "open" if cell["verdict"].startswith(doubtful) else ""
 
 
 def _sort_value(cell: Cell, key: str) -> str:

@@ -165,7 +165,7 @@ _KEYS = ("problem", "estimator")
 _CONSTANT = ("point", "steps", "estimand", *SETTINGS, "sample")
 
 
-def _best(cells: list[dict[str, Any]], column: _Column) -> set[int]:
+def best_rows(cells: list[dict[str, Any]], column: _Column) -> set[int]:
     """Return the rows whose interval lies apart from all competitors', per group."""
     if column.best is None:
         return set()
@@ -235,15 +235,15 @@ def render(
         if name not in COLUMNS:
             raise unknown("column", name, COLUMNS)
     cells: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
-    chosen = list(columns) if columns is not None else _worth_showing(cells)
-    notes = _notes(cells, chosen, columns is None, command)
+    chosen = list(columns) if columns is not None else worth_showing(cells)
+    notes = table_notes(cells, chosen, columns is None, command)
     if not cells:
         return "no measured cells\n"
     sheet = markup.Sheet(
         headings={k: COLUMNS[k].heading for k in chosen},
         numeric={k: COLUMNS[k].numeric for k in chosen},
-        texts={k: _texts(cells, COLUMNS[k]) for k in chosen},
-        best={k: _best(cells, COLUMNS[k]) for k in chosen},
+        texts={k: column_texts(cells, COLUMNS[k]) for k in chosen},
+        best={k: best_rows(cells, COLUMNS[k]) for k in chosen},
         notes=notes,
     )
     if format == "markdown":
@@ -255,17 +255,17 @@ def render(
     return markup.to_terminal(sheet, width, color, keep=columns or ())
 
 
-def _texts(cells: list[dict[str, Any]], column: _Column) -> list[str]:
+def column_texts(cells: list[dict[str, Any]], column: _Column) -> list[str]:
     """Return the column's text; an unmeasured row has words only, never a number."""
     quantity = column.numeric and column.sources != ("steps",)
     return ["" if quantity and c["status"] != "ok" else column.text(c) for c in cells]
 
 
-def _worth_showing(cells: list[dict[str, Any]]) -> list[str]:
+def worth_showing(cells: list[dict[str, Any]]) -> list[str]:
     """Return the columns that differ between rows or hold a measured number."""
     out = []
     for key, column in COLUMNS.items():
-        texts = _texts(cells, column)
+        texts = column_texts(cells, column)
         ok = [t for t, c in zip(texts, cells, strict=True) if c["status"] == "ok"]
         if key in _CONSTANT:
             shown = len({t for t in texts if t and t != MISSING}) > 1
@@ -295,7 +295,7 @@ def _origin(cells: list[dict[str, Any]], key: str) -> str:
     return " and ".join(found) or "not recorded"
 
 
-def _notes(
+def table_notes(
     cells: list[dict[str, Any]], chosen: list[str], drop: bool, command: str | None
 ) -> list[str]:
     """Return the sentences of the caption: what holds for all rows, and the origin."""

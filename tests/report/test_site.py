@@ -20,7 +20,7 @@ from sdebench.report.site_rows import file_names
 from sdebench.report.site_svg import _luminance, inline, themed
 from sdebench.report.site_text import answers, breakable, linked, mathml, parameters
 from sdebench.report.style import looks, new_figure, style
-from sdebench.report.table import COLUMNS, _best
+from sdebench.report.table import COLUMNS, best_rows
 
 SUBJECTS = [registry.problem(n) for n in registry.problem_names()]
 SUBJECTS += [registry.estimator(n) for n in registry.estimator_names()]
@@ -209,7 +209,7 @@ def test_numbers_sort_by_what_they_show(frame, pages):
 
 def test_bold_is_what_the_tables_mark(frame, pages):
     cells = summary(measured(frame)).to_dict("records")
-    best = [_best(cells, column) for column in COLUMNS.values()]
+    best = [best_rows(cells, column) for column in COLUMNS.values()]
     assert pages["index.html"].bold == sum(map(len, best)) > 0
     problems = [n for n in pages if n.startswith("problem")]
     assert sum(pages[n].bold for n in problems) == pages["index.html"].bold
