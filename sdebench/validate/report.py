@@ -12,7 +12,7 @@ from sdebench.report.format import plain
 
 PASSED, FAILED, SKIPPED, NOTE = "passed", "failed", "skipped", "note"
 STYLES = {PASSED: "green", FAILED: "bold red", SKIPPED: "dim", NOTE: "yellow"}
-WIDTH = 120
+WIDTH = 124
 """Columns of a report that is not printed on a terminal."""
 MARKS = {PASSED: "✓", FAILED: "✗", SKIPPED: "–", NOTE: "!"}
 

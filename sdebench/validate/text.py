@@ -52,7 +52,7 @@ def _cells(report: EstimatorReport) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("variance ratio", justify="right", no_wrap=True)
     table.add_column("time ratio", justify="right", no_wrap=True)
-    table.add_column("to", overflow="fold")
+    table.add_column("built-in", overflow="fold")
     orders = {order["problem"]: order for order in report.orders}
     rows = [row for row in report.rows if _is_main(report, row)]
     for row in rows:
