@@ -8,6 +8,7 @@ calls the function, so both uses work whatever was imported before.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -21,5 +22,10 @@ def make_callable(module: str, function: Callable[..., Any]) -> None:
         @functools.wraps(function)
         def __call__(self, *arguments: Any, **options: Any) -> Any:
             return function(*arguments, **options)
+
+        # `help` would take the function's first parameter for the module itself.
+        @property
+        def __signature__(self) -> inspect.Signature:
+            return inspect.signature(function)
 
     sys.modules[module].__class__ = CallableModule

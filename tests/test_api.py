@@ -230,3 +230,11 @@ def test_errors_are_standard_errors_too():
         assert issubclass(error, sdebench.SDEBenchError)
     text = str(sdebench.UnknownNameError("one sentence"))
     assert text == "one sentence"
+
+
+def test_help_shows_every_parameter_of_a_callable_module():
+    assert [*inspect.signature(sdebench.measure).parameters][:2] == [
+        "problem",
+        "estimator",
+    ]
+    assert "spec" in inspect.signature(sdebench.problem).parameters

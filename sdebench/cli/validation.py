@@ -63,10 +63,15 @@ def new(kind: str, name: str, folder: Path) -> None:
 )
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@debug
+@click.option("--debug", is_flag=True, help="Show the tracebacks of errors.")
 @click.pass_context
 def validate(
-    context: click.Context, file: str, quiet: bool, as_json: bool, **options: Any
+    context: click.Context,
+    file: str,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    **options: Any,
 ) -> None:
     r"""Validate an estimator or a problem against the exact answers.
 
@@ -96,7 +101,7 @@ def validate(
         print_json(report.to_dict())
     else:
         _print(report)
-    if "--debug" in sys.argv:
+    if debug:
         _print_tracebacks(report.checks)
     if not report.passed:
         raise click.exceptions.Exit(EXIT_NOT_PASSED)

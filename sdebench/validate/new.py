@@ -33,7 +33,7 @@ def write_new(kind: str, name: str, folder: Path | str = ".") -> Path:
             "underscores, such as my_estimator"
         )
     if stem in getattr(registry, f"{kind}_names")():
-        raise ParameterError(f"the catalogue has a {kind} {stem}; choose another name")
+        raise ParameterError(f"{stem} is in the catalogue; choose another name")
     path = Path(folder) / f"{stem}.py"
     if path.exists():
         raise SDEBenchError(f"{path} exists; choose another name or remove it")
