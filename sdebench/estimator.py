@@ -85,7 +85,8 @@ class Estimator(ABC):
     def statistics(self, view: View) -> Tensor:
         """Return the statistics of every path, (n_paths, n_statistics).
 
-        Called with the paths of one block; must not know how many blocks there are.
+        Called with the paths of one block; must not know how many blocks there are,
+        and a row must not depend on the other paths.
         """
 
     def n_statistics(self, n_params: int) -> int:

@@ -60,7 +60,7 @@ def _import(path: Path) -> Any:
     name = f"sdebench_file_{place}.{path.stem}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -77,8 +77,11 @@ def _import(path: Path) -> Any:
             "and run the command again (--debug shows the traceback)"
         ) from error
     finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
+        sys.path.remove(folder)
+        if (
+            folder not in sys.path
+        ):  # for imports inside functions; last, to hide nothing
+            sys.path.append(folder)
     return module
 
 
@@ -88,7 +91,7 @@ def _line_of(error: BaseException, path: Path) -> str:
         return ""  # its own message says so
     place, line = error.__traceback__, None
     while place is not None:
-        if Path(place.tb_frame.f_code.co_filename) == path:
+        if Path(place.tb_frame.f_code.co_filename) == path.resolve():
             line = place.tb_lineno
         place = place.tb_next
     return "" if line is None else f" (line {line})"
@@ -121,10 +124,7 @@ def load_class(path: Path, class_name: str = "", kind: str | None = None) -> typ
     if class_name:
         if class_name not in every:
             if not every:
-                raise SDEBenchError(
-                    f"{path} has no subclass of {wanted}; `sdebench new "
-                    f"{kind or 'estimator'} NAME` writes a file to start from"
-                )
+                raise _nothing(path, wanted, kind)
             raise unknown(f"class of {path}", class_name, every)
         found = [every[class_name]]
     else:
@@ -137,10 +137,7 @@ def load_class(path: Path, class_name: str = "", kind: str | None = None) -> typ
         abstract = [c for n, c in every.items() if not n.startswith("_")]
         if abstract:
             raise _incomplete(abstract[0], path)
-        raise SDEBenchError(
-            f"{path} has no subclass of {wanted}; `sdebench new "
-            f"{kind or 'estimator'} NAME` writes a file to start from"
-        )
+        raise _nothing(path, wanted, kind)
     if len(found) > 1:
         names = ", ".join(sorted(cls.__name__ for cls in found))
         raise SDEBenchError(
@@ -151,6 +148,13 @@ def load_class(path: Path, class_name: str = "", kind: str | None = None) -> typ
     if inspect.isabstract(cls):
         raise _incomplete(cls, path)
     return cls
+
+
+def _nothing(path: Path, wanted: str, kind: str | None) -> SDEBenchError:
+    return SDEBenchError(
+        f"{path} has no subclass of {wanted}; `sdebench new "
+        f"{kind or 'estimator'} NAME` writes a file to start from"
+    )
 
 
 def _incomplete(cls: type, path: Path) -> SDEBenchError:

@@ -128,8 +128,12 @@ class View:
         self, value: Tensor, need: str, counter: str | None = "vjp_evaluations"
     ) -> Tensor:
         """Notice a derivative that is taken by automatic differentiation."""
+        from torch.autograd.forward_ad import unpack_dual
+
         if value.requires_grad:
             value.register_hook(lambda _: self._derivative(need, counter))
+        if unpack_dual(value).tangent is not None:  # forward mode
+            self._derivative(need, counter)
         return value
 
     # ---- noise --------------------------------------------------------------------

@@ -41,12 +41,12 @@ for _module in (catalogue, claims, measuring, results, validation):
 
 
 def report_interrupt(error: KeyboardInterrupt) -> int:
-    """Say how to resume; return the exit code, 128 + the number of the signal."""
+    """Say what is kept; return the exit code, 128 + the number of the signal."""
     run_module = sys.modules.get("sdebench.run")
     stopped = run_module is not None and isinstance(error, run_module.Terminated)
+    kept = ": finished cells are kept; run the same command again to do the rest"
     click.echo(
-        f"\n{'terminated' if stopped else 'interrupted'}: finished cells are kept; "
-        "run the same command again to do the rest",
+        f"\n{'terminated' if stopped else 'interrupted'}{kept if run_module else ''}",
         err=True,
     )
     return 143 if stopped else 130

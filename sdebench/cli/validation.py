@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,9 @@ def validate(
     something in the catalogue.  The exit code is 0 if every check passed, else 1.
     """
     options["progress"] = not quiet
-    check, is_problem = _checker(file)
+    # What a user's file prints is no part of the report.
+    with contextlib.redirect_stdout(sys.stderr):
+        check, is_problem = _checker(file)
     given = {
         name: value
         for name, value in options.items()
@@ -96,7 +99,8 @@ def validate(
         options = {name: options[name] for name in keep}
     else:
         options["problems"] = options.pop("problem") or None
-    report = check(file, on_fail="report", **options)
+    with contextlib.redirect_stdout(sys.stderr):
+        report = check(file, on_fail="report", **options)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from sdebench.problem import POINTS, Problem
 from sdebench.simulate.tables import MixtureTables
 from sdebench.validate.sample import Sample, collect, settings_of
 from sdebench.validate.statistics import (
+    credible,
     detectable_bias,
     least_credible_p_value,
     mean_test,
@@ -32,7 +33,7 @@ from sdebench.validate.statistics import (
 
 Array = NDArray[np.float64]
 
-GROUP = 256
+GROUP = 64
 """Paths of a replicate, for estimators that compare paths."""
 FEW = 16
 """Paths of a replicate where its bias is tested: a bias of order 1/n_paths is large."""
@@ -40,6 +41,8 @@ PILOT_PATHS = 1024
 """Paths that choose the built-in to compare with; the comparison uses others."""
 N_PATHS = {"torch": 1 << 15, "numba": 1 << 17}
 """Of a cell with 50 steps in up to five dimensions, or with two mixture components."""
+LARGEST_LOG_WEIGHT = 300.0
+"""Above log Z: its square must be finite too."""
 STEPS = 50
 MOST = 2
 """Largest number of paths, as a multiple of these."""
@@ -73,28 +76,32 @@ class ValidationCell:
 
 
 def plan(
-    problems: Sequence[Problem],
+    problems: Mapping[str, Problem],
     *,
     backend: str,
     seed: int,
     false_alarm: float,
     paths_factor: float = 1.0,
 ) -> list[ValidationCell]:
-    """Return all cells: points, a ladder of steps, and both precisions."""
-    places: list[tuple[Problem, str, int, str]] = []
-    for problem in problems:
+    """Return all cells: points, a ladder of steps, and both precisions.
+
+    ``problems`` by the specification that finds them again in another process.
+    """
+    places: list[tuple[str, str, int, str]] = []
+    for spec, problem in problems.items():
         steps = problem.default_steps
-        places += [(problem, point, steps, "float64") for point in POINTS]
-        places.append((problem, MAIN_POINT, steps, "float32"))
+        places += [(spec, point, steps, "float64") for point in POINTS]
+        places.append((spec, MAIN_POINT, steps, "float32"))
         ladder = sorted({max(1, round(steps * factor)) for factor in LADDER} - {steps})
-        places += [(problem, MAIN_POINT, n, "float64") for n in ladder]
+        places += [(spec, MAIN_POINT, n, "float64") for n in ladder]
+    costs = {spec: _relative_cost(problem) for spec, problem in problems.items()}
     cells = []
-    for problem, point, n_steps, dtype in places:
-        cost = max(_relative_cost(problem) * n_steps / STEPS, 1.0 / MOST)
+    for spec, point, n_steps, dtype in places:
+        cost = max(costs[spec] * n_steps / STEPS, 1.0 / MOST)
         n_paths = int(paths_factor * N_PATHS[backend] / cost)
         cells.append(
             ValidationCell(
-                problem=problem.label,
+                problem=spec,
                 point=point,
                 n_steps=n_steps,
                 dtype=dtype,
@@ -102,7 +109,7 @@ def plan(
                 n_paths=max(n_paths // GROUP, 8) * GROUP,
                 seed=seed,
                 significance=false_alarm / (2 * len(places)),
-                compare=n_steps == problem.default_steps and dtype == "float64",
+                compare=n_steps == problems[spec].default_steps and dtype == "float64",
             )
         )
     return cells
@@ -141,13 +148,6 @@ def _total_variance(sample: Sample) -> float:
 def _weights(sample: Sample, log_scale: float) -> Array:
     with np.errstate(over="ignore"):
         return np.exp(sample.rows[0] - log_scale)[:, None]
-
-
-def _choose(samples: Sequence[Sample]) -> Estimator | None:
-    """Return the estimator of the smallest variance."""
-    if not samples:
-        return None
-    return min(samples, key=_total_variance).estimator
 
 
 class CellTest:
@@ -190,18 +190,39 @@ class CellTest:
         chosen = [self.estimator, *others]
         own, *samples = self._collect(chosen, cell.n_paths, cell.noise_seed)
         found = dict(zip(others, samples, strict=True))
-        bad = int((~np.isfinite(own.rows)).any(axis=0).sum())
-        if bad:
-            raise NumericalError(f"NaN or infinity on {bad} of {own.n_paths} paths")
+        for sample in (own, *samples):
+            self._require_finite(sample)
         row: dict[str, Any] = asdict(cell)
-        row |= self._bias(own, found[reference] if reference else None)
-        row |= self._variance(own, found[competitor] if competitor else None)
         row |= self._tail(own)
+        row |= self._bias(own, found[reference] if reference else None)
+        if row["infinite_variance_suspected"]:
+            row |= self._untested("infinite variance suspected")
+        row |= self._variance(own, found[competitor] if competitor else None)
         row["reference"] = reference.label if reference else None
         row["competitor"] = competitor.label if competitor else None
         row["ns_per_path_step"] = self._time(own)
         row["competitor_ns"] = self._time(found[competitor]) if competitor else None
         return row | self._evaluations()
+
+    def _require_finite(self, sample: Sample) -> None:
+        bad = int((~np.isfinite(sample.rows)).any(axis=0).sum())
+        if bad:
+            raise NumericalError(
+                f"{sample.estimator.label} returned NaN or infinity on {bad} of "
+                f"{sample.n_paths} paths"
+            )
+        if sample.estimator.reduction == "log_mean_exp":
+            largest = float(sample.rows.max()) - self._log_scale()
+            if largest > LARGEST_LOG_WEIGHT:
+                raise NumericalError(
+                    f"{sample.estimator.label} returned a log-weight {largest:.0f} "
+                    "above log Z"
+                )
+
+    def _log_scale(self) -> float:
+        """Return the exact log Z, of the N-step chain if it is known."""
+        discrete, truth = self.judge.discrete, self.judge.truth
+        return float((discrete if discrete is not None else truth)[0])  # type: ignore[index]
 
     def _opponents(self) -> tuple[Estimator | None, Estimator | None]:
         """Return the built-in to compare with, and the one that stands for the truth.
@@ -219,10 +240,24 @@ class CellTest:
         if not wanted:
             return None, None
         seed = self.cell.noise_seed ^ 1
-        pilot = self._collect(wanted, PILOT_PATHS, seed)
-        competitor = _choose([s for s in pilot if s.estimator in equals])
-        reference = _choose([s for s in pilot if s.estimator in unbiased])
-        return competitor, None if exact else reference
+        own, *pilot = self._collect([self.estimator, *wanted], PILOT_PATHS, seed)
+        equal = [s for s in pilot if s.estimator in equals]
+        stand_ins = [s for s in pilot if s.estimator in unbiased]
+        competitor = min(equal, key=_total_variance).estimator if equal else None
+        if exact or not stand_ins:
+            return competitor, None
+        best = min(
+            stand_ins, key=lambda s: float(self._difference(own, s).var(0).sum())
+        )
+        return competitor, best.estimator
+
+    def _difference(self, own: Sample, other: Sample) -> Array:
+        """Return paired samples of the difference between two estimators."""
+        if own.estimator.reduction == "log_mean_exp":
+            scale = self._log_scale()
+            return _weights(own, scale) - _weights(other, scale)
+        group = self._group([own.estimator, other.estimator])
+        return self._samples(own, group)[0] - self._samples(other, group)[0]
 
     # ---- bias -------------------------------------------------------------------
     def _bias(self, own: Sample, reference: Sample | None) -> dict[str, Any]:
@@ -231,8 +266,7 @@ class CellTest:
         truth, discrete = self.judge.truth, self.judge.discrete
         scale = 1.0 if log else self.judge.scale
         if log:
-            log_scale = float((discrete if discrete is not None else truth)[0])  # type: ignore[index]
-            samples, paths = _weights(own, log_scale), 1
+            samples, paths = _weights(own, self._log_scale()), 1
             exact = np.ones(1)
         else:
             pair = [own, reference] if discrete is None and reference else [own]
@@ -244,14 +278,10 @@ class CellTest:
         if discrete is None:
             if reference is None:
                 return row | self._untested("no exact answer of the N-step chain")
-            other, _ = (
-                (_weights(reference, log_scale), 1)
-                if log
-                else self._samples(reference, group)
-            )
-            tested, exact = samples - other, np.zeros(samples.shape[1])
+            tested = self._difference(own, reference)
+            exact = np.zeros(samples.shape[1])
             if not np.isfinite(scale):
-                scale = float(np.linalg.norm(other.mean(axis=0)))
+                scale = float(np.linalg.norm((samples - tested).mean(axis=0)))
         spread = float(np.sqrt(samples.var(axis=0, ddof=1).max() * paths))
         relative = ROUNDING[self.cell.dtype]
         tolerance = rounding_tolerance(samples.mean(axis=0), exact, relative)
@@ -265,26 +295,36 @@ class CellTest:
             scale,
             tolerance * np.sqrt(len(exact)),
         )
-        power = detectable_bias(covariance, len(tested), self.cell.significance)
-        floor = least_credible_p_value(tested)
-        if floor > self.cell.significance:
+        power = detectable_bias(
+            covariance, len(tested), self.cell.significance, test.method
+        )
+        least = least_credible_p_value(tested)
+        if least > self.cell.significance:
             power = np.inf
         return row | {
             "tested": True,
-            "p_value": max(test.p_value, floor),
-            "p_value_least": floor,
+            "p_value": credible(test.p_value, least),
+            "p_value_least": least,
+            "too_skewed": test.p_value < least > self.cell.significance,
             "method": test.method,
             "relative_bias": interval.estimate,
             "relative_bias_low": interval.low,
             "relative_bias_high": interval.high,
             "bias": (mean - exact).tolist(),
             "std_error": np.sqrt(np.diag(covariance) / len(tested)).tolist(),
-            "detectable_bias": (power + tolerance) / scale,
+            "detectable_bias": (power + tolerance * np.sqrt(len(exact))) / scale,
             "n_samples": len(tested),
         }
 
     def _untested(self, why: str) -> dict[str, Any]:
-        return {"tested": False, "why_not": why, "p_value": np.nan}
+        return {
+            "tested": False,
+            "why_not": why,
+            "p_value": np.nan,
+            "p_value_least": np.nan,
+            "too_skewed": False,
+            "detectable_bias": np.inf,
+        }
 
     def _group(self, estimators: Sequence[Estimator]) -> int:
         """Return the paths of one sample: 1, or what the estimators can do with."""
@@ -313,12 +353,9 @@ class CellTest:
         """Return the total bias, for the weak order."""
         if truth is None:
             return {"bias_total": None, "bias_covariance": None}
-        total = samples.mean(axis=0)
-        if log:  # of Z relative to the exact one, by the N-step or continuous log Z
-            base = self.judge.discrete if self.judge.discrete is not None else truth
-            total = total * np.exp(float(base[0]) - float(truth[0])) - 1.0
-        else:
-            total = total - truth
+        if log:  # of Z, relative to that of continuous time
+            samples = samples * np.exp(self._log_scale() - float(truth[0]))
+        total = samples.mean(axis=0) - (1.0 if log else truth)
         covariance = np.atleast_2d(np.cov(samples, rowvar=False)) / len(samples)
         return {"bias_total": total.tolist(), "bias_covariance": covariance.tolist()}
 
@@ -349,9 +386,12 @@ class CellTest:
         if log:
             values = own.rows[0]
         else:
-            rows = own.rows[: self.problem.n_params]
-            centre = np.median(rows, axis=1, keepdims=True)
-            values = np.linalg.norm(rows - centre, axis=0)
+            # Statistics that combine reads have scales of their own.
+            rows = own.rows - np.median(own.rows, axis=1, keepdims=True)
+            if not own.estimator.independent:
+                spread = rows.std(axis=1, keepdims=True)
+                rows = rows[spread[:, 0] > 0.0] / spread[spread > 0.0][:, None]
+            values = np.linalg.norm(rows, axis=0)
         if float(np.ptp(values)) <= ROUNDING[self.cell.dtype] * (
             1.0 + float(np.abs(own.rows).max())
         ):

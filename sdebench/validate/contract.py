@@ -13,17 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdebench.errors import unknown
 from sdebench.estimator import Estimator
 from sdebench.measure.engine import NumbaWorker, Settings, TorchWorker
 from sdebench.problem import ESTIMANDS, Problem
 from sdebench.simulate.noise import split_seed
 from sdebench.validate.report import FAILED, PASSED, SKIPPED, Check
-from sdebench.validate.sample import settings_of
+from sdebench.validate.sample import CONTROLS, settings_of
 from sdebench.view import NEEDS, Rollout, View
 
 N_PATHS, N_STEPS = 8, 6
 GROUP = 4
 """Paths of a block when blocks are compared: even, as antithetic pairs need it."""
+ALLOWED = {
+    "estimand": tuple(ESTIMANDS),
+    "reduction": ("mean", "log_mean_exp"),
+    "control": CONTROLS,
+    "declared_bias": ("none", "1/n_paths", "any"),
+    "needs": tuple(NEEDS),
+}
+"""What an estimator may declare."""
 KERNEL_PATHS = 300
 """Neither a multiple of a block nor of a vector."""
 AGREEMENT = {"float64": 1e-11, "float32": 1e-4}
@@ -80,20 +89,9 @@ def contract_checks(
 
     The first check that cannot go on ends the rest.
     """
-    if estimator.estimand not in ESTIMANDS:
-        yield Check(
-            name="interface",
-            status=FAILED,
-            message=f"estimand {estimator.estimand!r} is none of "
-            f"{', '.join(ESTIMANDS)}",
-        )
+    if message := _declarations(estimator):
+        yield Check(name="interface", status=FAILED, message=message)
         return
-    if unknown := set(estimator.needs) - set(NEEDS):
-        yield Check(
-            name="declared_needs",
-            status=FAILED,
-            message=f"needs {sorted(unknown)} are none of {', '.join(NEEDS)}",
-        )
     view = _view(problem, estimator, dtype)
     paths = view.rollout()
     before, times = _copy(paths), view.times.copy()
@@ -135,6 +133,22 @@ def contract_checks(
     yield _blocks(estimator, problem, dtype, rows)
     yield _needs(estimator, view)
     yield _combine(estimator, problem, rows)
+
+
+def _declarations(estimator: Estimator) -> str:
+    """Return what is wrong with what the estimator declares, or ""."""
+    for name, allowed in ALLOWED.items():
+        given = getattr(estimator, name)
+        for value in given if name == "needs" else [given]:
+            if value not in allowed:
+                return str(unknown(name.replace("_", " "), str(value), allowed))
+    log = estimator.reduction == "log_mean_exp"
+    if log and estimator.estimand != "log_normalizer":
+        return (
+            f"reduction log_mean_exp gives log Z, and the estimand is "
+            f"{estimator.estimand}; use reduction mean"
+        )
+    return ""
 
 
 def _verdict(name: str, passed: bool, message: str) -> Check:

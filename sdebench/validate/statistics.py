@@ -7,7 +7,8 @@ the logarithm, E[w/Z] = 1, which holds for every number of paths.  A declared bi
 order 1/n is removed by Richardson extrapolation, 2 v_n - v_{n/2}, from the same paths.
 
 Where the samples are so skewed that normal theory cannot carry a small p-value, it is
-raised to the least one that it can: it stays valid and cannot convict alone.
+raised to the least one that it can, and to 1 if that is above `WORTHLESS`: a raised
+p-value is still below a with probability at most a.
 
 *All cells.*  Every cell has noise of its own, so that the p-values p_1 … p_m are
 independent.  The estimator is called biased if m min p < a/2 (Bonferroni: finds a large
@@ -17,7 +18,9 @@ probability at most a.
 
 *Power.*  With noncentrality n delta^2 / nu, nu the largest eigenvalue of the
 covariance, Hotelling's test at level a/(2m) finds a bias of norm delta in the least
-favourable direction with probability `POWER`.
+favourable direction with probability `POWER`.  The test of the largest |t| finds one of
+norm c |s|, s the standard errors of the P components, c = z_{a/(4mP)} + z_{1-POWER}
+(upper quantiles): some component is then at least c standard errors off.
 
 *Ratio of variances.*  log(tr S_1/tr S_2) of two estimators on the same paths has the
 influence function |x - m_1|^2/tr S_1 - |y - m_2|^2/tr S_2, whose sample variance gives
@@ -38,6 +41,11 @@ from sdebench.measure.intervals import BiasTest, Interval, bias_test, t_quantile
 
 Array = NDArray[np.float64]
 POWER = 0.9
+ACCURACY = 0.5
+"""Largest relative error of a p-value; a heavy tail hides its skewness from the sample,
+and with 1 the weights of uncontrolled paths were called biased too often."""
+WORTHLESS = 0.01
+"""A cell that cannot carry a p-value this small says nothing of the bias."""
 
 
 class GlobalTest(NamedTuple):
@@ -56,6 +64,8 @@ def global_test(p_values: Sequence[float]) -> GlobalTest:
     p = np.asarray(p_values, dtype=np.float64)
     if p.size == 0:
         return GlobalTest(1.0, 1.0, 1.0)
+    if np.isnan(p).any():
+        raise ValueError("a p-value is not a number")
     smallest = min(1.0, p.size * float(p.min()))
     with np.errstate(divide="ignore"):
         combined = float(chi2.sf(-2.0 * np.log(p).sum(), 2 * p.size))
@@ -76,7 +86,7 @@ def least_credible_p_value(samples: Array) -> float:
     """Return the p-value below which normal theory says nothing of samples (n, P).
 
     Edgeworth: at the quantile z the tail of the t-statistic is off by a relative
-    |skewness| z^3 / (6 sqrt(n)), which must be below one.
+    |skewness| z^3 / (6 sqrt(n)), which must be below `ACCURACY`.
     """
     deviations = samples - samples.mean(axis=0)
     spread = np.sqrt((deviations**2).mean(axis=0))
@@ -85,20 +95,29 @@ def least_credible_p_value(samples: Array) -> float:
     largest = float(np.abs(skewness).max(initial=0.0))
     if largest == 0.0:
         return 0.0
-    return float(2.0 * norm.sf((6.0 * np.sqrt(len(samples)) / largest) ** (1.0 / 3.0)))
+    cube = 6.0 * ACCURACY * np.sqrt(len(samples)) / largest
+    return float(2.0 * norm.sf(cube ** (1.0 / 3.0)))
 
 
-def normal_theory_trusted(samples: Array, significance: float) -> bool:
-    """Return whether means of samples (n, P) are normal enough for such a p-value."""
-    return least_credible_p_value(samples) <= significance
+def credible(p_value: float, least: float) -> float:
+    """Return a p-value that skewed samples can carry."""
+    if p_value >= least:
+        return p_value
+    return least if least <= WORTHLESS else 1.0
 
 
-def detectable_bias(covariance: Array, n: int, significance: float) -> float:
+def detectable_bias(
+    covariance: Array, n: int, significance: float, method: str
+) -> float:
     """Return the norm of a bias that is found with probability `POWER`.
 
-    In the least favourable direction; infinite where n <= P.
+    In the least favourable direction; infinite where n <= P.  ``method`` is that of
+    `bias_test`.
     """
     size = len(covariance)
+    if method != "hotelling":
+        quantile = norm.isf(0.5 * significance / size) + norm.isf(1.0 - POWER)
+        return float(quantile * np.sqrt(np.trace(covariance) / n))
     variance = float(np.linalg.eigvalsh(covariance)[-1])
     if variance <= 0.0:
         return 0.0

@@ -35,13 +35,7 @@ def unbiased_check(
 ) -> Check:
     """Return the verdict on the bias over all cells."""
     tested = [row for row in rows if row["tested"]]
-    # Cells whose samples are too skewed to convict alone, and would.
-    heavy = [
-        row
-        for row in tested
-        if row["p_value"] == row["p_value_least"] > row["significance"]
-    ]
-    left_out = len(rows) - len(tested) + len(heavy)
+    left_out = len(rows) - len(tested) + sum(row["too_skewed"] for row in tested)
     test = global_test([row["p_value"] for row in tested])
     tested.sort(key=lambda row: row["p_value"])
     found = [r for r in tested if r["p_value"] < r["significance"]]
@@ -64,14 +58,12 @@ def unbiased_check(
         "worst": [where(row) for row in found[:5] or tested[:1]],
     }
     rest = f"; {left_out} cells undecided" if left_out else ""
+    if not rows:
+        message = "no cell was measured"
+        return Check(name="unbiased", status=FAILED, message=message, details=details)
     if not tested:
-        why = rows[0]["why_not"] if rows else "no cell was measured"
-        return Check(
-            name="unbiased",
-            status=FAILED,
-            message=f"could not be tested anywhere: {why}",
-            details=details,
-        )
+        message = f"could not be tested anywhere: {rows[0]['why_not']}"
+        return Check(name="unbiased", status=SKIPPED, message=message, details=details)
     worst = tested[0]
     size = f"{where(worst)}: {bias_text(worst)}, p = {worst['p_value']:.1g}"
     if built.declared_bias == "any":
@@ -95,7 +87,8 @@ def unbiased_check(
             message=f"biased {cells} (p = {test.p_value:.1g}); worst: {size}{rest}",
             details=details,
         )
-    after = " after the declared 1/n_paths" if built.declared_bias != "none" else ""
+    declared = built.declared_bias == "1/n_paths"
+    after = " after the declared 1/n_paths" if declared else ""
     return Check(
         name="unbiased",
         status=PASSED,

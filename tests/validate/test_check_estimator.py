@@ -116,6 +116,37 @@ def test_estimators_without_exact_answer_are_compared_with_a_built_in():
     assert failed(quick(Wrong, ("two_modes",))) == ["unbiased"]
 
 
+def test_what_cannot_be_tested_is_neither_passed_nor_failed():
+    """Adjoint matching off the optimum has no exact answer on a mixture."""
+    report = check_estimator("adjoint_matching", problems="two_modes", **QUICK)
+    assert report.passed
+    assert report.check("unbiased").status == "skipped"
+    assert "could not be tested anywhere: no exact answer" in str(report)
+
+
+def test_log_weights_that_overflow_are_refused():
+    class Huge(CORRECT[-1]):
+        def statistics(self, view):
+            return super().statistics(view) + 800.0
+
+    assert CORRECT[-1].__name__ == "Weights"
+    report = quick(Huge)
+    assert "completes" in failed(report)
+    assert "above log Z" in report.check("completes").message
+
+
+def test_a_problem_given_as_a_file_is_the_one_that_is_used(tmp_path):
+    from sdebench.validate import write_new
+
+    path = write_new("problem", "my_problem", tmp_path).rename(
+        tmp_path / "two_modes.py"  # a name that the catalogue has, too
+    )
+    report = check_estimator(Score, problems=str(path), **QUICK)
+    assert report.passed
+    assert {row["problem"] for row in report.rows} == {str(path)}
+    assert all(row["reference"] is None for row in report.rows)
+
+
 # ---- the interface ------------------------------------------------------------------
 
 
@@ -178,6 +209,31 @@ class Secretly(Score):
         return super().statistics(view)
 
 
+class Forward(Score):
+    """The same in forward mode."""
+
+    def statistics(self, view):
+        x = view.rollout().states[-1]
+        torch.func.jvp(view.reward, (x,), (torch.ones_like(x),))
+        return super().statistics(view)
+
+
+class WrongWord(Score):
+    declared_bias = "1/n"
+
+
+class WrongControl(Score):
+    control = "thetaa"
+
+
+class WrongNeed(Score):
+    needs = frozenset({"drift"})
+
+
+class WrongReduction(Score):
+    reduction = "log_mean_exp"
+
+
 class Graph(Score):
     def statistics(self, view):
         with torch.enable_grad():
@@ -216,7 +272,12 @@ INTERFACE = {
     Graph: ("dtype", "detach"),
     NotANumber: ("finite", "NaN or infinite"),
     Raises: ("completes", "ValueError: my own mistake .*test_check_estimator.py, line"),
-    Elsewhere: ("interface", "'graident' is none of"),
+    Forward: ("declared_needs", "the gradient of the reward without declaring"),
+    Elsewhere: ("interface", "unknown estimand 'graident'; did you mean gradient"),
+    WrongWord: ("interface", "unknown declared bias '1/n'; did you mean 1/n_paths"),
+    WrongControl: ("interface", "unknown control 'thetaa'; did you mean theta"),
+    WrongNeed: ("interface", "unknown needs 'drift'; did you mean drift_vjp"),
+    WrongReduction: ("interface", "log_mean_exp gives log Z"),
     WrongCombine: ("combine", r"shape \(1,\)"),
 }
 
@@ -263,6 +324,7 @@ def test_an_estimator_that_refuses_a_problem_is_not_judged_there():
 
     report = quick(Choosy)
     assert failed(report) == ["completes", "unbiased"]
+    assert "no cell was measured" in report.check("unbiased").message
     assert "not applicable to any problem: it never is" in str(report)
 
 
@@ -383,6 +445,7 @@ def test_a_failed_check_raises_with_every_name():
         ({"false_alarm": 0.0}, "false_alarm"),
         ({"paths": -1.0}, "paths"),
         ({"problems": "ou_lineer"}, "did you mean ou_linear"),
+        ({"problems": []}, "problems is empty"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

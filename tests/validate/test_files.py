@@ -200,9 +200,23 @@ def test_validate_prints_json_and_exits_with_the_verdict(write, capsys):
     assert "biased in" in text
 
 
-def test_a_traceback_comes_with_debug_only(write, capsys):
+def test_what_a_file_prints_is_no_part_of_the_report(write, capfd):
+    loud = "print('y')\n        total = 0.0"
+    text = ESTIMATOR.format(name="Mine").replace("total = 0.0", loud)
+    path = write("print('x')\n" + text)
+    options = ("--problem", "brownian_linear", "--paths", "0.125", "--quiet")
+    assert run("validate", path, *options, "--json") == 0
+    seen = capfd.readouterr()
+    assert json.loads(seen.out)["passed"] is True
+    assert "x" in seen.err
+    assert "y" in seen.err
+
+
+def test_a_traceback_comes_with_debug_only(write, capsys, monkeypatch):
     text = ESTIMATOR.format(name="Mine").replace("total = 0.0", "total = 1 / 0")
     path = write(text)
+    monkeypatch.chdir(path.parent)
+    path = path.name  # relative, as it is usually typed
     options = ("--problem", "brownian_linear", "--quiet", "--jobs", 1)
     assert run("validate", path, *options) == 1
     seen = capsys.readouterr()
