@@ -286,7 +286,7 @@ MUTANTS = {
     ScoreMissingRunningCost: ("ou_quadratic_easy:dim=2", "halfway"),
     ScoreWrongRewardSign: ("brownian_linear", "halfway"),
     OwnPathBaseline: ("brownian_linear", "overshoot"),
-    WeightsMartingaleSign: ("brownian_linear", "halfway"),
+    WeightsMartingaleSign: ("gaussian_tilt", "halfway"),
     WeightsMissingHalf: ("brownian_linear", "halfway"),
     WeightsMissingRunningCost: ("ou_quadratic_easy:dim=2", "halfway"),
 }

@@ -87,6 +87,15 @@ def unbiased_check(
             message=f"biased {cells} (p = {test.p_value:.1g}); worst: {size}{rest}",
             details=details,
         )
+    if any(row["too_skewed"] for row in tested):
+        return Check(
+            name="unbiased",
+            status=NOTE,
+            message=f"undecided in {left_out} of {len(rows)} cells, some of which look "
+            "biased with samples too skewed to say: give more paths; no bias found in "
+            "the others",
+            details=details,
+        )
     declared = built.declared_bias == "1/n_paths"
     after = " after the declared 1/n_paths" if declared else ""
     return Check(
