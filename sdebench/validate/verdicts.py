@@ -14,6 +14,9 @@ from sdebench.validate.cells import MAIN_POINT
 from sdebench.validate.report import FAILED, NOTE, PASSED, SKIPPED, Check, percent
 from sdebench.validate.statistics import POWER, global_test
 
+SMALLEST = 1e-16
+"""No p-value below this is printed."""
+
 
 def where(row: dict[str, Any]) -> str:
     """Return where a cell is, in words."""
@@ -27,7 +30,12 @@ def bias_text(row: dict[str, Any]) -> str:
     low, high = row["relative_bias_low"], row["relative_bias_high"]
     if low <= 0.0:
         return f"< {percent(high)}"
-    return f"{percent(low)} … {percent(high)}"
+    return f"{percent(low).removesuffix(' %')} … {percent(high)}"
+
+
+def p_text(p_value: float) -> str:
+    """Return a p-value; the smallest ones mean no more than that they are small."""
+    return f"p = {p_value:.1g}" if p_value >= SMALLEST else f"p < {SMALLEST:g}"
 
 
 def unbiased_check(
@@ -65,7 +73,7 @@ def unbiased_check(
         message = f"could not be tested anywhere: {rows[0]['why_not']}"
         return Check(name="unbiased", status=SKIPPED, message=message, details=details)
     worst = tested[0]
-    size = f"{where(worst)}: {bias_text(worst)}, p = {worst['p_value']:.1g}"
+    size = f"{where(worst)}: {bias_text(worst)}, {p_text(worst['p_value'])}"
     if built.declared_bias == "any":
         largest = max(tested, key=lambda row: row["relative_bias"])
         return Check(
@@ -84,7 +92,7 @@ def unbiased_check(
         return Check(
             name="unbiased",
             status=FAILED,
-            message=f"biased {cells} (p = {test.p_value:.1g}); worst: {size}{rest}",
+            message=f"biased {cells} ({p_text(test.p_value)}); worst: {size}{rest}",
             details=details,
         )
     if any(row["too_skewed"] for row in tested):
@@ -165,6 +173,8 @@ def order_check(orders: Sequence[dict[str, Any]]) -> Check:
     return Check(
         name="weak_order",
         status=PASSED,
-        message=f"{found[0]:.2g} … {found[-1]:.2g} on {len(found)} problems{common}",
+        message=f"{found[0]:.2g} … {found[-1]:.2g} on {len(found)} problems{common}"
+        if len(found) > 1
+        else f"{found[0]:.2g} [{low:.2g}, {high:.2g}] on {orders[0]['problem']}",
         details={"orders": list(orders)},
     )
