@@ -41,11 +41,13 @@ PILOT_PATHS = 1024
 """Paths that choose the built-in to compare with; the comparison uses others."""
 N_PATHS = {"torch": 1 << 15, "numba": 1 << 17}
 """Of a cell with 50 steps in up to five dimensions, or with two mixture components."""
-LARGEST_LOG_WEIGHT = 300.0
-"""Above log Z: its square must be finite too."""
 STEPS = 50
 MOST = 2
 """Largest number of paths, as a multiple of these."""
+MOST_NUMBERS = 1 << 27
+"""Statistics of one estimator that are kept, 1 GiB: beyond, fewer paths."""
+LARGEST_LOG_WEIGHT = 300.0
+"""Above log Z: its square must be finite too."""
 LADDER = (0.25, 0.5, 2.0)
 MAIN_POINT = "halfway"
 
@@ -188,11 +190,14 @@ class CellTest:
         competitor, reference = self._opponents()
         others = [e for e in dict.fromkeys((competitor, reference)) if e is not None]
         chosen = [self.estimator, *others]
-        own, *samples = self._collect(chosen, cell.n_paths, cell.noise_seed)
+        size = self.estimator.n_statistics(self.problem.n_params)
+        affordable = MOST_NUMBERS // size // GROUP * GROUP
+        n_paths = max(min(cell.n_paths, affordable), GROUP)
+        own, *samples = self._collect(chosen, n_paths, cell.noise_seed)
         found = dict(zip(others, samples, strict=True))
         for sample in (own, *samples):
             self._require_finite(sample)
-        row: dict[str, Any] = asdict(cell)
+        row: dict[str, Any] = asdict(cell) | {"n_paths": n_paths}
         row |= self._tail(own)
         row |= self._bias(own, found[reference] if reference else None)
         if row["infinite_variance_suspected"]:
