@@ -8,7 +8,21 @@ It has no reference to the problem, so the truth cannot be reached from it.  Sta
     X_{n+1} = base_mean(n, X_n) + apply_noise(n, w_n + z_n).
 
 Derivatives may be taken by the view's products or by automatic differentiation inside
-``torch.enable_grad()``; the view counts and notes both.
+``torch.enable_grad()``; the view counts and notes both.  A derivative with respect to
+theta goes through a zero that is added to the control:
+
+    with torch.enable_grad():
+        x, cost, zeros, states = view.start(), 0.0, [], []
+        for n in range(view.n_steps):
+            zeros.append(torch.zeros_like(x, requires_grad=True))
+            w = view.control(n, x) + zeros[n]
+            cost = cost + 0.5 * (w * w).sum(1) + view.running_cost(n, x)
+            states.append(x.detach())
+            x = view.base_mean(n, x) + view.apply_noise(n, w + view.noise(n))
+        slopes = torch.autograd.grad((cost - view.reward(x)).sum(), zeros)
+    gradient = sum(
+        view.control_parameter_vjp(n, states[n], v) for n, v in enumerate(slopes)
+    )
 """
 
 from __future__ import annotations

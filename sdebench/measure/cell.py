@@ -85,8 +85,9 @@ class Measurement:
 
     def __repr__(self) -> str:
         """Return the main numbers in one line."""
-        keys = ("problem", "estimator", "point", "n_steps", "verdict")
-        return f"Measurement({', '.join(f'{k}={self.row.get(k)!r}' for k in keys)})"
+        keys = ("problem_label", "estimator_label", "point", "n_steps", "verdict")
+        shown = {k.removesuffix("_label"): self.row.get(k) for k in keys}
+        return f"Measurement({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
 
 @dataclass(frozen=True, kw_only=True)

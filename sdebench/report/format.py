@@ -68,13 +68,13 @@ def _fixed(x: float, decimals: int, rounding: str = ROUND_HALF_EVEN) -> str:
     if math.isinf(x):
         return "∞" if x > 0 else "−∞"
     # A negative number of decimals rounds whole digits away; they are shown as zeros.
-    rounded = Decimal(repr(x)).quantize(Decimal(1).scaleb(-decimals), rounding)
+    rounded = Decimal(repr(float(x))).quantize(Decimal(1).scaleb(-decimals), rounding)
     return f"{rounded:.{max(decimals, 0)}f}"
 
 
 def _scaled(x: float, power: int) -> float:
     """Return ``x`` times a power of ten without the rounding of a product."""
-    return float(Decimal(repr(x)).scaleb(power))
+    return float(Decimal(repr(float(x))).scaleb(power))
 
 
 def _power(text: str, exponent: int) -> str:

@@ -262,14 +262,15 @@ def check_estimator(
     )
     with run.progress:
         rows, backend = run.everything(built, chosen, seed, false_alarm, paths)
+    orders = weak_orders(rows)
+    unbiased = unbiased_check(built, rows, false_alarm)
     checks = [
         *run.contract(built),
         run.completes(),
-        unbiased_check(built, rows, false_alarm),
+        unbiased,
         tail_check(rows),
+        order_check(orders, rows, unbiased),
     ]
-    orders = weak_orders(rows)
-    checks.append(order_check(orders))
     report = EstimatorReport(
         estimator=built.label,
         class_name=type(built).__name__,
@@ -400,7 +401,7 @@ class _Run:
                 where, check = failed[0]
                 message = f"on {where}: {check.message}"
                 if len(failed) > 1:
-                    message += f" (and {len(failed) - 1} times more)"
+                    message += f" (and {len(failed) - 1} more like it)"
                 checks.append(Check(name=name, status=FAILED, message=message))
             elif not outcomes:
                 why = "no kernel" if name == "kernel_agrees" else "never got that far"
@@ -413,7 +414,8 @@ class _Run:
         if unused and used:
             index = next(i for i, c in enumerate(checks) if c.name == "declared_needs")
             if checks[index].status == PASSED:
-                message = f"declares {', '.join(unused)} and never used it"
+                names = ", ".join(unused)
+                message = f"declares {names} and used it on none of these problems"
                 checks[index] = Check(
                     name="declared_needs", status=NOTE, message=message
                 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import keyword
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from sdebench import registry
@@ -34,6 +36,11 @@ def write_new(kind: str, name: str, folder: Path | str = ".") -> Path:
         )
     if stem in getattr(registry, f"{kind}_names")():
         raise ParameterError(f"{stem} is in the catalogue; choose another name")
+    if stem in sys.stdlib_module_names or stem in packages_distributions():
+        raise ParameterError(
+            f"{stem} is an installed module, and a file of that name would hide it; "
+            "choose another name"
+        )
     path = Path(folder) / f"{stem}.py"
     if path.exists():
         raise SDEBenchError(f"{path} exists; choose another name or remove it")

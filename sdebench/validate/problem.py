@@ -217,7 +217,7 @@ def _file(subject: Any) -> str | None:
     """Return the file of a problem, its class or its specification."""
     if isinstance(subject, str):
         found = file_spec(subject)
-        return str(found.path) if found else None
+        return str(found.path.resolve()) if found else None
     try:
         return inspect.getfile(subject if isinstance(subject, type) else type(subject))
     except (OSError, TypeError):

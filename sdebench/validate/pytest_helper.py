@@ -29,6 +29,7 @@ class EstimatorCheck:
         """
         import pytest
 
+        __tracebackhide__ = True  # the message says it all
         report: EstimatorReport = self._report()
         check = report.check(self.name)
         if check.status == SKIPPED:
@@ -57,7 +58,10 @@ def parametrize_with_checks(
     ... def test_my_estimator(estimator, check):
     ...     check(estimator)
     """
-    import pytest
+    try:
+        import pytest
+    except ImportError as error:
+        raise SDEBenchError("the decorator needs pytest: pip install pytest") from error
 
     chosen = list(estimators)
     if not chosen:

@@ -17,6 +17,12 @@ WIDTH = 124
 MARKS = {PASSED: "✓", FAILED: "✗", SKIPPED: "–", NOTE: "!"}
 
 
+GRADIENT_HINT = (
+    "; statistics runs without gradients: open torch.enable_grad(), and reach theta "
+    "through view.control_parameter_vjp (help(sdebench.view) has an example)"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """The outcome of one check.
@@ -123,12 +129,13 @@ def describe(error: BaseException, file: str | None = None) -> str:
     text = " ".join(str(error).split()) or "no message"
     if not isinstance(error, SDEBenchError):
         text = f"{type(error).__name__}: {text}"
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if f.filename == file
-    ]
-    return f"{text} ({Path(file).name}, line {frames[-1].lineno})" if frames else text  # type: ignore[arg-type]
+    if "does not require grad" in text:
+        text += GRADIENT_HINT
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if file and frame.filename == file]
+    return f"{text} ({Path(file).name}, line {lines[-1]})" if file and lines else text
 
 
 def percent(ratio: float) -> str:
     """Return a ratio in percent, two digits."""
-    return f"{plain(100.0 * float(ratio), 2)} %"
+    return f"{plain(100.0 * ratio, 2)} %"

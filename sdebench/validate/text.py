@@ -127,7 +127,8 @@ def estimator_parts(report: EstimatorReport) -> list[RenderableType]:
             Text(),
             Text(
                 f"At {MAIN_POINT}, published steps, {report.backend} float64. Bias: "
-                "against the N-step answer, intervals simultaneous over all cells. "
+                "against the exact N-step answer, or where there is none against a "
+                "built-in on the same paths; intervals simultaneous over all cells. "
                 "Variance (95 %) and time: over those of the best built-in that needs "
                 "no more, on the same paths."
             ),
@@ -155,7 +156,7 @@ def _power(report: EstimatorReport) -> str:
     return (
         f"A bias of {percent(found['median'])} of the answer in one cell would have "
         f"been found with probability {100 * details['power']:.0f} % (median of "
-        f"{details['cells']} cells; {percent(found['least'])} in the sharpest, "
+        "the cells with an exact answer; {percent(found['least'])} in the sharpest, "
         f"{percent(found['largest'])} in the bluntest). False-alarm rate of the whole "
         f"bias test: {alarm}."
     )

@@ -63,6 +63,11 @@ def test_plain_numbers():
     assert shown == ["100", "0", "1235", "41.3", "1.20 × 10⁻⁴", "2.00 × 10⁷", "∞"]
 
 
+def test_numbers_of_numpy_are_numbers():
+    assert plain(np.float64(0.012345)) == plain(0.012345)
+    assert plain(np.float64(1e-12)) == "1.00 × 10⁻¹²"
+
+
 def test_labels_are_what_one_types():
     names = ["reinforce", "reinforce", "pathwise", "a:dim=3"]
     options = ['{"baseline": "mean"}', {"baseline": "none"}, None, '{"dim": 3}']

@@ -166,7 +166,12 @@ def test_the_template_of_an_estimator_passes(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "error"),
-    [("Mixed", "lower-case"), ("two words", "lower-case"), ("class", "lower-case")],
+    [
+        ("Mixed", "lower-case"),
+        ("two words", "lower-case"),
+        ("class", "lower-case"),
+        ("torch", "would hide it"),
+    ],
 )
 def test_names_that_cannot_be_files(name, error, tmp_path):
     with pytest.raises(ParameterError, match=error):
