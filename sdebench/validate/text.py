@@ -156,7 +156,7 @@ def _power(report: EstimatorReport) -> str:
     return (
         f"A bias of {percent(found['median'])} of the answer in one cell would have "
         f"been found with probability {100 * details['power']:.0f} % (median of "
-        "the cells with an exact answer; {percent(found['least'])} in the sharpest, "
+        f"the cells with an exact answer; {percent(found['least'])} in the sharpest, "
         f"{percent(found['largest'])} in the bluntest). False-alarm rate of the whole "
         f"bias test: {alarm}."
     )

@@ -469,6 +469,8 @@ def test_the_report_can_be_read_stored_and_sent():
     text = str(report)
     assert text == repr(report)
     assert "passed" in text
+    assert "{" not in text
+    assert "in the sharpest, " in text
     assert "False-alarm rate of the whole bias test: 0.1 %" in text
     assert str(pickle.loads(pickle.dumps(report))) == text
     values = json.loads(json.dumps(report.to_dict(), default=float))
