@@ -148,7 +148,8 @@ def work_precision_figure(
     squared error bias² + variance/n; the line runs over all n that were measured, the
     marker is the n of one replicate with its interval.  Lower left is better; a line
     that flattens has reached its bias.  Estimators whose bias depends on n (logarithms
-    of means) are markers only.
+    of means) are markers only.  Errors that are absolute, for want of a scale, are left
+    out: they do not compare with relative ones.
 
     The parameters and the errors are those of `bias_figure`.
     """
@@ -156,12 +157,13 @@ def work_precision_figure(
     ok = [
         c
         for c in require(cells, "relative_variance", "variance")
-        if c["drift_evaluations"] > 0.0
+        if not c["absolute"]
+        and c["drift_evaluations"] > 0.0
         and cell_tools.n_total(c) > 0.0
         and cell_tools.squared_error(c, float(c["n_paths"]))[0] > 0.0
     ]
     require(ok, "drift_evaluations", "cost and an error above zero")
-    labels = ("drift evaluations", _relative("mean squared relative error", ok))
+    labels = ("drift evaluations", "mean squared relative error")
     problems = cell_tools.by_problem(ok)
     return panel_figure(problems, draw_work, width, labels, legend="marker")
 
