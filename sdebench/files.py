@@ -78,9 +78,8 @@ def _import(path: Path) -> Any:
         ) from error
     finally:
         sys.path.remove(folder)
-        if (
-            folder not in sys.path
-        ):  # for imports inside functions; last, to hide nothing
+        # For imports inside functions; last, to hide nothing.
+        if folder not in sys.path:
             sys.path.append(folder)
     return module
 

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sdebench.errors import ParameterError, SDEBenchError, unknown
@@ -49,15 +50,26 @@ def _class(kind: str, name: str) -> type:
         raise unknown(kind, name, names)
     module = importlib.import_module(f"{KINDS[kind]}.{name}")
     base_module = importlib.import_module(f"sdebench.{kind}")
-    base = getattr(base_module, kind.capitalize())
+    return only_subclass(module, getattr(base_module, kind.capitalize()))
+
+
+def only_subclass(module: ModuleType, base: type) -> type:
+    """Return the one subclass of ``base`` that a module of a catalogue defines.
+
+    Raises
+    ------
+    SDEBenchError
+        If there is none, or several.
+    """
     found = [
         c
         for _, c in inspect.getmembers(module, inspect.isclass)
         if issubclass(c, base) and c.__module__ == module.__name__
     ]
     if len(found) != 1:
+        room, name = module.__name__.split(".")[-2:]
         raise SDEBenchError(
-            f"{kind}s/{name}.py holds {len(found)} subclasses of {base.__name__}; "
+            f"{room}/{name}.py holds {len(found)} subclasses of {base.__name__}; "
             "expected exactly one: keep one public class per file"
         )
     return found[0]

@@ -8,11 +8,11 @@ file is all it takes.  Files that start with an underscore are the frame.
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from typing import TYPE_CHECKING
 
-from sdebench.errors import SDEBenchError, unknown
+from sdebench.errors import unknown
+from sdebench.registry import only_subclass
 
 if TYPE_CHECKING:
     from sdebench.claims._claim import Claim
@@ -38,15 +38,5 @@ def claim(name: str) -> Claim:
     if stem not in names:
         raise unknown("claim", name, names)
     module = importlib.import_module(f"{__name__}.{stem}")
-    found = [
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, Claim) and cls.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise SDEBenchError(
-            f"claims/{stem}.py holds {len(found)} subclasses of Claim; expected one: "
-            "keep one claim per file"
-        )
-    built: Claim = found[0]()
+    built: Claim = only_subclass(module, Claim)()
     return built

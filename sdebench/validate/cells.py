@@ -262,7 +262,7 @@ class CellTest:
             scale = self._log_scale()
             return _weights(own, scale) - _weights(other, scale)
         group = self._group([own.estimator, other.estimator])
-        return self._samples(own, group)[0] - self._samples(other, group)[0]
+        return self._samples(own, group) - self._samples(other, group)
 
     # ---- bias -------------------------------------------------------------------
     def _bias(self, own: Sample, reference: Sample | None) -> dict[str, Any]:
@@ -271,12 +271,12 @@ class CellTest:
         truth, discrete = self.judge.truth, self.judge.discrete
         scale = 1.0 if log else self.judge.scale
         if log:
-            samples, paths = _weights(own, self._log_scale()), 1
+            samples, group = _weights(own, self._log_scale()), 1
             exact = np.ones(1)
         else:
             pair = [own, reference] if discrete is None and reference else [own]
             group = self._group([sample.estimator for sample in pair])
-            samples, paths = self._samples(own, group)
+            samples = self._samples(own, group)
             exact = discrete if discrete is not None else np.zeros(samples.shape[1])
         row = self._against_continuous_time(samples, truth, log)
         tested = samples
@@ -287,7 +287,7 @@ class CellTest:
             exact = np.zeros(samples.shape[1])
             if not np.isfinite(scale):
                 scale = float(np.linalg.norm((samples - tested).mean(axis=0)))
-        spread = float(np.sqrt(samples.var(axis=0, ddof=1).max() * paths))
+        spread = float(np.sqrt(samples.var(axis=0, ddof=1).max() * group))
         relative = ROUNDING[self.cell.dtype]
         tolerance = rounding_tolerance(samples.mean(axis=0), exact, relative)
         tolerance += relative * spread
@@ -339,18 +339,16 @@ class CellTest:
             return 1
         return GROUP if any(e.not_applicable(FEW) for e in estimators) else FEW
 
-    def _samples(self, sample: Sample, group: int) -> tuple[Array, int]:
-        """Return independent samples (n, P), and the paths of each.
+    def _samples(self, sample: Sample, group: int) -> Array:
+        """Return independent samples (n, P), each of ``group`` paths.
 
         A declared bias of order 1/n_paths is removed.
         """
         if sample.estimator.declared_bias == "1/n_paths":
             halves = sample.values(group // 2)
             pairs = 0.5 * (halves[0::2] + halves[1::2])
-            return 2.0 * sample.values(group) - pairs, group
-        if group > 1:
-            return sample.values(group), group
-        return sample.rows.T, 1
+            return 2.0 * sample.values(group) - pairs
+        return sample.values(group) if group > 1 else sample.rows.T
 
     def _against_continuous_time(
         self, samples: Array, truth: Array | None, log: bool

@@ -15,11 +15,11 @@ import torch
 
 from sdebench.errors import unknown
 from sdebench.estimator import Estimator
-from sdebench.measure.engine import NumbaWorker, Settings, TorchWorker
+from sdebench.measure.engine import NumbaWorker
 from sdebench.problem import ESTIMANDS, Problem
 from sdebench.simulate.noise import split_seed
 from sdebench.validate.report import FAILED, PASSED, SKIPPED, Check
-from sdebench.validate.sample import CONTROLS, settings_of
+from sdebench.validate.sample import CONTROLS, collect, settings_of
 from sdebench.view import NEEDS, Rollout, View
 
 N_PATHS, N_STEPS = 8, 6
@@ -258,21 +258,18 @@ def device_check(estimator: Estimator, problem: Problem) -> Check:
 
 def kernel_check(estimator: Estimator, problem: Problem, dtype: str) -> Check:
     """Compare the numba kernel with the torch function path by path."""
-    times = problem.time_grid(N_STEPS + 1)
-    tables, settings = settings_of(
-        problem,
-        estimator.control,
-        problem.theta("halfway"),
-        times,
-        n_paths=KERNEL_PATHS,
-        backend="numba",
-        dtype=dtype,
-        seed=5,
-    )
-    ours, changed = _kernel_rows(estimator, tables, settings)
-    theirs = _rows(TorchWorker(tables, [estimator], settings), settings)
-    if changed:
+    theta, times = problem.theta("halfway"), problem.time_grid(N_STEPS + 1)
+    options: dict[str, Any] = {"n_paths": KERNEL_PATHS, "dtype": dtype, "seed": 5}
+
+    def rows(backend: str) -> np.ndarray:
+        (sample,) = collect(
+            problem, [estimator], theta, times, backend=backend, **options
+        )
+        return sample.rows
+
+    if changed := _changed_input(estimator, problem, theta, times, options):
         return _verdict("kernel_agrees", False, f"the kernel wrote into {changed}")
+    ours, theirs = rows("numba"), rows("torch")
     if not np.isfinite(ours).all():
         return _verdict("kernel_agrees", False, "the kernel returned NaN or infinity")
     scale = np.max(np.abs(theirs), axis=1, keepdims=True)
@@ -286,22 +283,19 @@ def kernel_check(estimator: Estimator, problem: Problem, dtype: str) -> Check:
     )
 
 
-def _rows(worker: Any, settings: Settings) -> np.ndarray:
-    parts = []
-    for first in range(0, settings.n_paths, worker.size):
-        count = min(worker.size, settings.n_paths - first)
-        rows, _, _ = worker.block(0, first, count)
-        parts.append(np.array(rows[0][:, :count], dtype=np.float64))
-    return np.concatenate(parts, axis=1)
-
-
-def _kernel_rows(
-    estimator: Estimator, tables: Any, settings: Settings
-) -> tuple[np.ndarray, str]:
-    """Return the kernel's rows, and the name of an input that it changed or ""."""
+def _changed_input(
+    estimator: Estimator,
+    problem: Problem,
+    theta: np.ndarray,
+    times: np.ndarray,
+    options: dict[str, Any],
+) -> str:
+    """Return the name of an input that the kernel wrote into, or ""."""
+    tables, settings = settings_of(
+        problem, estimator.control, theta, times, backend="numba", **options
+    )
     worker = NumbaWorker(tables, [estimator], settings)
     clean = NumbaWorker(tables, [], settings)
-    rows = _rows(worker, settings)
     count = min(settings.n_paths, worker.size)
     worker.block(0, 0, count)
     clean.block(0, 0, count)
@@ -310,5 +304,5 @@ def _kernel_rows(
             getattr(worker._buffers, name)[..., :count],
             getattr(clean._buffers, name)[..., :count],
         ):
-            return rows, f"{name}, which other estimators share"
-    return rows, ""
+            return f"{name}, which other estimators share"
+    return ""

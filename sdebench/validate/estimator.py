@@ -16,7 +16,7 @@ import joblib
 from sdebench import registry
 from sdebench.errors import ParameterError, SDEBenchError, unknown
 from sdebench.estimator import Estimator
-from sdebench.files import file_spec, load_class
+from sdebench.files import file_spec
 from sdebench.problem import Problem
 from sdebench.progress import Progress
 from sdebench.provenance import provenance, scrub
@@ -129,10 +129,7 @@ def candidate_of(estimator: Estimator | type[Estimator] | str) -> Candidate:
     """
     if isinstance(estimator, str):
         spec = file_spec(estimator)
-        file = None
-        if spec:
-            load_class(spec.path, spec.class_name, "estimator")
-            file = str(spec.path.resolve())
+        file = str(spec.path.resolve()) if spec else None
         _build(lambda: registry.estimator(estimator), estimator)
         return Candidate(estimator, None, file)
     import cloudpickle
@@ -398,8 +395,8 @@ class _Run:
         for name, outcomes in found.items():
             failed = [(p, c) for p, c in outcomes if c.status == FAILED]
             if failed:
-                where, check = failed[0]
-                message = f"on {where}: {check.message}"
+                place, check = failed[0]
+                message = f"on {place}: {check.message}"
                 if len(failed) > 1:
                     message += f" (and {len(failed) - 1} more like it)"
                 checks.append(Check(name=name, status=FAILED, message=message))

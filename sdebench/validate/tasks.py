@@ -29,8 +29,8 @@ def problem_of(spec: str) -> Problem:
     return registry.problem(spec)
 
 
-def _refuse(estimator: Estimator, n_paths: int) -> None:
-    reason = estimator.not_applicable(n_paths)
+def _refuse(estimator: Estimator) -> None:
+    reason = estimator.not_applicable(GROUP)
     if reason:
         raise NotApplicableError(reason)
 
@@ -46,7 +46,7 @@ class ContractTask:
 
     def __call__(self, estimator: Estimator) -> list[tuple[str, Check]]:
         """Return the checks with the precision they were made at."""
-        _refuse(estimator, GROUP)
+        _refuse(estimator)
         problem = problem_of(self.problem)
         found = [
             (dtype, check)
@@ -71,7 +71,7 @@ class KernelTask:
 
     def __call__(self, estimator: Estimator) -> list[tuple[str, Check]]:
         """Return one check for each precision."""
-        _refuse(estimator, GROUP)
+        _refuse(estimator)
         problem = problem_of(self.problem)
         return [(d, kernel_check(estimator, problem, d)) for d in DTYPES]
 
@@ -129,7 +129,7 @@ class StatisticsTask:
 
     def __call__(self, estimator: Estimator) -> dict[str, Any]:
         """Return the cell's row."""
-        _refuse(estimator, GROUP)
+        _refuse(estimator)
         problem = problem_of(self.cell.problem)
         return CellTest(self.cell, problem, estimator).row()
 

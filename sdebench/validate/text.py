@@ -54,8 +54,9 @@ def _cells(report: EstimatorReport) -> RenderableType:
     table.add_column("time ratio", justify="right", no_wrap=True)
     table.add_column("built-in", overflow="fold")
     orders = {order["problem"]: order for order in report.orders}
-    rows = [row for row in report.rows if _is_main(report, row)]
-    for row in rows:
+    for row in report.rows:
+        if row["point"] != MAIN_POINT or not row["compare"]:
+            continue
         table.add_row(
             row["problem"],
             bias_text(row),
@@ -67,14 +68,6 @@ def _cells(report: EstimatorReport) -> RenderableType:
             re.sub(r"\w+=", "", row["competitor"] or "–"),
         )
     return table
-
-
-def _is_main(report: EstimatorReport, row: dict[str, Any]) -> bool:
-    return (
-        row["point"] == MAIN_POINT
-        and row["dtype"] == "float64"
-        and row["n_steps"] == _published(report, row["problem"])
-    )
 
 
 def _found_from(row: dict[str, Any]) -> str:
@@ -97,15 +90,6 @@ def _time_ratio(row: dict[str, Any]) -> str:
 def _ratio(row: dict[str, Any]) -> str:
     ends = [row[f"variance_ratio{end}"] for end in ("", "_low", "_high")]
     return interval(*ends) if all(map(math.isfinite, ends)) else "–"
-
-
-def _published(report: EstimatorReport, problem: str) -> int:
-    """Return the published number of steps: the one that all points share."""
-    return next(
-        int(row["n_steps"])
-        for row in report.rows
-        if row["problem"] == problem and row["point"] != MAIN_POINT
-    )
 
 
 def estimator_parts(report: EstimatorReport) -> list[RenderableType]:

@@ -411,6 +411,32 @@ def test_a_kernel_is_compared_path_by_path():
     assert right.passed
 
 
+def _writes_into_states(prepared, work, X, Z, W, totals, B, OUT):
+    X[1] *= 1.5
+    OUT[:] = 1.0
+
+
+def _not_a_number(prepared, work, X, Z, W, totals, B, OUT):
+    OUT[:] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (_writes_into_states, "wrote into states, which other estimators share"),
+        (_not_a_number, "the kernel returned NaN or infinity"),
+    ],
+)
+def test_a_kernel_that_breaks_the_rules_is_refused(kernel, message):
+    class Breaking(Score):
+        block_kernel = staticmethod(kernel)
+
+    report = quick(Breaking)
+    assert report.backend == "torch"
+    assert failed(report) == ["kernel_agrees"]
+    assert message in report.check("kernel_agrees").message
+
+
 # ---- a pool of processes ------------------------------------------------------------
 
 
