@@ -20,15 +20,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdebench.callable_module import make_callable
+from sdebench.errors import unknown
 from sdebench.registry import estimator as estimator_by_name
 from sdebench.registry import label
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sdebench.closed_form.affine_chain import PolicyChain
     from sdebench.view import View
 
 Array = NDArray[np.float64]
+
+OBJECTIVES = {"control": "gradient", "reward": "reward_only_gradient"}
+"""Estimand of a gradient estimator's ``objective`` option: J or -E r(X_T)."""
+
+
+def estimand_of(objective: str) -> str:
+    """Return the estimand of an ``objective`` option, or raise for an unknown one."""
+    if objective not in OBJECTIVES:
+        raise unknown("objective", objective, OBJECTIVES)
+    return OBJECTIVES[objective]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +57,8 @@ class Estimator(ABC):
     variants : option dictionaries that the suites run.
     reduction : "mean" of the statistics, or "log_mean_exp" of one row of log-weights.
     block_kernel : the numba kernel
-        ``(prepared, work, X, Z, W, totals, B, *kernel_options, OUT)``, or None.
+        ``(prepared, work, X, Z, W, totals, B, *kernel_options, OUT)``, or None.  With
+        an `other_control`, its ``prepared, work`` come before ``kernel_options``.
     """
 
     estimand: ClassVar[str]
@@ -86,7 +99,7 @@ class Estimator(ABC):
         """Return the statistics of every path, (n_paths, n_statistics).
 
         Called with the paths of one block; must not know how many blocks there are,
-        and a row must not depend on the other paths.
+        and a row must not depend on paths outside its group (see `group_size`).
         """
 
     def n_statistics(self, n_params: int) -> int:
@@ -111,10 +124,47 @@ class Estimator(ABC):
         """
         return "none"
 
+    def target(self, policy: PolicyChain) -> Array | None:
+        """Return what the estimate is unbiased for on an N-step chain, exactly, (P,).
+
+        None (default): the N-step answer to the estimand.  Estimators of a part of the
+        gradient, or of a surrogate, compute it here from the chain's closed form; the
+        harness measures them against this and against the gradient.
+        """
+        return None
+
     @property
-    def control(self) -> str:
-        """The control to simulate: "theta", "none" or "optimal"."""
+    def control(self) -> str | float:
+        """The control to simulate: "theta", "none", "optimal", or a factor of theta."""
         return "theta"
+
+    @property
+    def other_control(self) -> str | float | None:
+        """A second control to evaluate along the paths, or None.
+
+        Its torch view is ``view.other``; the values are those of `control`.
+        """
+        return None
+
+    def noisy_steps(self, n_steps: int) -> Array | None:
+        """Return 1 for steps of the SDE and 0 for the probability flow, (n_steps,).
+
+        None (default): the SDE everywhere.
+        """
+        return None
+
+    def group_size(self, n_paths: int) -> int:
+        """Return the number of consecutive paths whose rows may depend on each other.
+
+        Rows of different groups are independent and all groups have the same law.
+        Default 1; ``n_paths`` couples the whole replicate.
+        """
+        return 1
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that it runs on."""
+        return ("torch",) if self.block_kernel is None else ("numba", "torch")
 
     def not_applicable(self, n_paths: int) -> str | None:
         """Return why the estimator cannot run with these settings, or None."""
@@ -122,8 +172,26 @@ class Estimator(ABC):
 
     # ---- derived ------------------------------------------------------------------
     @property
+    def has_target(self) -> bool:
+        """Whether it is unbiased for something else than the estimand's answer."""
+        return type(self).target is not Estimator.target
+
+    def refusal(self, n_paths: int, backend: str) -> str | None:
+        """Return why it cannot run with these settings, or None."""
+        if reason := self.not_applicable(n_paths):
+            return reason
+        if n_paths % self.group_size(n_paths):
+            return (
+                f"it works on groups of {self.group_size(n_paths)} paths; n_paths = "
+                f"{n_paths} is no multiple"
+            )
+        if backend not in self.backends:
+            return f"it has no {backend} kernel; use backend {self.backends[0]}"
+        return None
+
+    @property
     def independent(self) -> bool:
-        """Whether the statistics are i.i.d. contributions to a plain mean."""
+        """Whether the groups' statistics are i.i.d. contributions to a plain mean."""
         return type(self).combine is Estimator.combine and self.reduction == "mean"
 
 

@@ -27,8 +27,9 @@ from sdebench.closed_form.linear_quadratic import (
     PolicyGradient,
     PolicyObjective,
 )
-from sdebench.errors import NotExactError
+from sdebench.errors import NotApplicableError, NotExactError
 from sdebench.problem import (
+    EULER,
     Array,
     Problem,
     Truth,
@@ -198,9 +199,18 @@ class LinearProblem(Problem):
 
     # ---- tables ---------------------------------------------------------------------
     def tables(
-        self, theta: Array | None, times: Array, scheme: str = "euler_maruyama"
+        self,
+        theta: Array | None,
+        times: Array,
+        scheme: str = EULER,
+        noisy: Array | None = None,
     ) -> LinearTables:
         check_scheme(scheme)
+        if noisy is not None:
+            raise NotApplicableError(
+                f"{self.name} has no probability flow: mixed ODE-SDE sampling needs a "
+                "memoryless denoising base"
+            )
         model, starts, steps = self.model, times[:-1], np.diff(times)
         dim, count = self.dim, len(steps)
         transition, offset = np.empty((count, dim, dim)), np.empty((count, dim))
@@ -279,7 +289,7 @@ class LinearTruth(Truth):
         super().__init__(problem)
         self._model, self._feedback_at = problem.model, problem.feedback
         self._known: dict[float, tuple[Array, Array]] = {}
-        self._objectives: dict[bytes, PolicyObjective] = {}
+        self._objectives: dict[tuple[bytes, bool], PolicyObjective] = {}
         self._matchings: dict[bytes, PolicyGradient] = {}
 
     def control(self, x: Array, t: float) -> Array:
@@ -319,9 +329,9 @@ class LinearTruth(Truth):
         return gain, bias
 
     def _chain(
-        self, theta: Array, times: Array, scheme: str
+        self, theta: Array, times: Array, scheme: str, noisy: Array | None = None
     ) -> tuple[AffineChain, tuple[Array, Array, Array, Array]]:
-        tables = self._problem.tables(theta, times, scheme)
+        tables = self._problem.tables(theta, times, scheme, noisy)
         assert isinstance(tables, LinearTables)
         chain = AffineChain.from_tables(tables)
         return chain, (tables.gain, tables.bias, *parameter_derivatives(tables))
@@ -332,11 +342,13 @@ class LinearTruth(Truth):
     def _optimal_cost(self) -> float:
         return self._model.optimal_cost()
 
-    def _policy_objective(self, theta: Array) -> PolicyObjective:
-        key = theta.tobytes()
+    def _policy_objective(
+        self, theta: Array, reward_only: bool = False
+    ) -> PolicyObjective:
+        key = theta.tobytes(), reward_only
         if key not in self._objectives:
             self._objectives[key] = self._model.policy_objective(
-                *self._law(theta), self._dgain, self._dbias
+                *self._law(theta), self._dgain, self._dbias, reward_only=reward_only
             )
         return self._objectives[key]
 
@@ -353,6 +365,12 @@ class LinearTruth(Truth):
 
     def _gradient(self, theta: Array) -> Array:
         return self._policy_objective(theta).gradient
+
+    def _reward_only_objective(self, theta: Array) -> float:
+        return self._policy_objective(theta, reward_only=True).objective
+
+    def _reward_only_gradient(self, theta: Array) -> Array:
+        return self._policy_objective(theta, reward_only=True).gradient
 
     def _matching_gradient(self, theta: Array) -> Array:
         return self._policy_matching(theta).gradient
@@ -380,6 +398,8 @@ class LinearTruth(Truth):
         theta = self._problem.theta("optimum" if theta is None else theta)
         if quantity in ("objective", "gradient"):
             return float(self._policy_objective(theta).error_bound)
+        if quantity in ("reward_only_objective", "reward_only_gradient"):
+            return float(self._policy_objective(theta, reward_only=True).error_bound)
         if quantity == "matching_gradient":
             return float(self._policy_matching(theta).error_bound)
         if quantity == "control_error":

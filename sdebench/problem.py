@@ -25,7 +25,7 @@ from sdebench.registry import label
 from sdebench.registry import problem as problem_by_name
 
 if TYPE_CHECKING:
-    from sdebench.closed_form.affine_chain import AffineChain
+    from sdebench.closed_form.affine_chain import AffineChain, PolicyChain
     from sdebench.closed_form.gaussian_mixture import GaussianMixture
     from sdebench.simulate.tables import Tables
 
@@ -46,6 +46,7 @@ Steps = int | Sequence[float] | Array | None
 
 ESTIMANDS = {
     "gradient": "gradient of the control objective J",
+    "reward_only_gradient": "gradient of -E r(X_T), without control and running cost",
     "matching_gradient": "gradient of the adjoint-matching loss",
     "log_normalizer": "log Z",
 }
@@ -142,6 +143,7 @@ class Problem(ABC):
         theta: Array | None,
         times: Array,
         scheme: str = "euler_maruyama",
+        noisy: Array | None = None,
     ) -> Tables:
         """Fill the coefficient tables on a time grid.
 
@@ -150,6 +152,13 @@ class Problem(ABC):
         theta : (P,) control parameters, or None for no control.
         times : (n_steps + 1,) increasing, from `time_grid`.
         scheme : "euler_maruyama" or "exponential".
+        noisy : (n_steps,) 1 for steps of the SDE, 0 for steps of the probability flow;
+            default: the SDE everywhere.
+
+        Raises
+        ------
+        NotApplicableError
+            For steps without noise where the process has no probability flow.
         """
 
     @property
@@ -267,6 +276,18 @@ def check_scheme(scheme: str) -> None:
         raise unknown("scheme", scheme, SCHEMES)
 
 
+def check_noisy(noisy: Array | None, n_steps: int, scheme: str) -> None:
+    """Raise for a mask of noisy steps that does not fit."""
+    if noisy is None:
+        return
+    if np.shape(noisy) != (n_steps,) or not np.all(np.isin(noisy, (0.0, 1.0))):
+        raise ParameterError(f"noisy must hold {n_steps} zeros and ones, one per step")
+    if scheme != EULER:
+        raise ParameterError(
+            f"steps without noise need scheme {EULER}; {scheme} was given"
+        )
+
+
 class Truth:
     """Exact answers of one problem, for the harness only.
 
@@ -312,6 +333,12 @@ class Truth:
     def _gradient(self, theta: Array) -> Array:
         raise NotImplementedError
 
+    def _reward_only_objective(self, theta: Array) -> float:
+        raise NotImplementedError
+
+    def _reward_only_gradient(self, theta: Array) -> Array:
+        raise NotImplementedError
+
     def _matching_gradient(self, theta: Array) -> Array:
         raise NotImplementedError
 
@@ -324,7 +351,7 @@ class Truth:
         return float(np.sqrt(2.0 * max(excess, 0.0)))
 
     def _chain(
-        self, theta: Array, times: Array, scheme: str
+        self, theta: Array, times: Array, scheme: str, noisy: Array | None = None
     ) -> tuple[AffineChain, tuple[Array, Array, Array, Array]]:
         """Return the N-step chain and its (K, k, dK/dtheta, dk/dtheta)."""
         raise NotExactError(
@@ -368,6 +395,47 @@ class Truth:
             return self._gradient(self._problem.theta(theta))
         chain, coefficients = self._discrete(theta, n_steps, scheme)
         return chain.gradient(*coefficients)
+
+    def reward_only_objective(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> float:
+        """Return -E r(X_T) under u_theta, the objective without costs."""
+        if n_steps is None:
+            return self._reward_only_objective(self._problem.theta(theta))
+        chain, (gain, bias, _, _) = self._discrete(theta, n_steps, scheme)
+        return chain.reward_only_objective(gain, bias)
+
+    def reward_only_gradient(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> Array:
+        """Return the gradient of -E r(X_T), (P,)."""
+        if n_steps is None:
+            return self._reward_only_gradient(self._problem.theta(theta))
+        chain, coefficients = self._discrete(theta, n_steps, scheme)
+        return chain.gradient(*coefficients, reward_only=True)
+
+    def policy_chain(
+        self,
+        theta: Any,
+        n_steps: Steps = None,
+        scheme: str = EULER,
+        noisy: Array | None = None,
+    ) -> PolicyChain:
+        """Return the N-step chain with its feedback and that of u*.
+
+        ``noisy`` : (n_steps,) as in `Problem.tables`.
+
+        Raises
+        ------
+        NotExactError
+            Where the discretized problem is not linear-quadratic.
+        """
+        from sdebench.closed_form.affine_chain import PolicyChain
+
+        problem, times = self._problem, self._problem.time_grid(n_steps)
+        chain, feedback = self._chain(problem.theta(theta), times, scheme, noisy)
+        _, optimal = self._chain(problem.theta_star, times, scheme, noisy)
+        return PolicyChain(chain, *feedback, *optimal[:2])
 
     def matching_gradient(
         self, theta: Any, n_steps: Steps = None, scheme: str = EULER

@@ -14,14 +14,16 @@ from sdebench.closed_form import log_quadratics as lq
 from sdebench.closed_form.tilting import TiltingFamily
 from sdebench.errors import NotExactError
 from sdebench.problem import (
+    EULER,
     Array,
     Problem,
     Truth,
     as_states,
     as_time,
+    check_noisy,
     check_scheme,
 )
-from sdebench.simulate.tables import MixtureTables
+from sdebench.simulate.tables import MixtureTables, noise_mask
 
 if TYPE_CHECKING:
     from sdebench.closed_form.affine_chain import AffineChain
@@ -86,12 +88,21 @@ class TiltingProblem(Problem):
         return lq.log_value(rows, as_states(x, self.dim))
 
     def tables(
-        self, theta: Array | None, times: Array, scheme: str = "euler_maruyama"
+        self,
+        theta: Array | None,
+        times: Array,
+        scheme: str = EULER,
+        noisy: Array | None = None,
     ) -> MixtureTables:
         check_scheme(scheme)
+        check_noisy(noisy, len(times) - 1, scheme)
         family, base = self.family, self.family.base
         parameters = self.theta_star if theta is None else np.asarray(theta, float)
-        steps = [base.step(s, t, scheme) for s, t in pairwise(times)]
+        mask = np.ones(len(times) - 1) if noisy is None else noisy
+        steps = [
+            base.step(s, t, scheme) if is_noisy else base.flow_step(s, t)
+            for (s, t), is_noisy in zip(pairwise(times), mask, strict=True)
+        ]
         rows = [family.tilt_rows(parameters, t) for t in times[:-1]]
         control = np.array([step.control_gain for step in steps])
         start = family.start
@@ -108,7 +119,16 @@ class TiltingProblem(Problem):
             start_cumulative=np.append(np.cumsum(start.weights)[:-1], 1.0),
             start_mean=np.ascontiguousarray(start.means),
             start_scale=np.ascontiguousarray(start.scales),
+            noisy=np.asarray(mask, float),
+            denoiser=self._denoiser(times, scheme),
         )
+
+    def _denoiser(self, times: Array, scheme: str) -> Array:
+        """Return the denoised prediction's coefficients (N, 3), or (0, 3) if none."""
+        rows = [self.family.base.denoiser(s, t) for s, t in pairwise(times)]
+        if scheme != EULER or rows[0] is None:
+            return np.zeros((0, 3))
+        return np.array(rows)
 
 
 def affine_chain(
@@ -137,6 +157,7 @@ def affine_chain(
         reward_constant=float(reward_const),
         start_mean=tables.start_mean[0],
         start_covariance=np.diag(tables.start_scale[0] ** 2),
+        noisy=noise_mask(tables),
     )
     return chain, (
         (2.0 * gain * quad)[:, :, None] * eye,
@@ -163,11 +184,11 @@ class TiltingTruth(Truth):
         return self._family.control(*self._at(x, t), self._problem.theta(theta))
 
     def _chain(
-        self, theta: Array, times: Array, scheme: str
+        self, theta: Array, times: Array, scheme: str, noisy: Array | None = None
     ) -> tuple[AffineChain, tuple[Array, Array, Array, Array]]:
         if not self._family.affine:
-            return super()._chain(theta, times, scheme)
-        tables = self._problem.tables(theta, times, scheme)
+            return super()._chain(theta, times, scheme, noisy)
+        tables = self._problem.tables(theta, times, scheme, noisy)
         assert isinstance(tables, MixtureTables)
         return affine_chain(tables)
 
@@ -179,6 +200,12 @@ class TiltingTruth(Truth):
 
     def _gradient(self, theta: Array) -> Array:
         return self._family.objective_and_gradient(theta)[1]
+
+    def _reward_only_objective(self, theta: Array) -> float:
+        return self._family.objective_and_gradient(theta, reward_only=True)[0]
+
+    def _reward_only_gradient(self, theta: Array) -> Array:
+        return self._family.objective_and_gradient(theta, reward_only=True)[1]
 
     def _matching_gradient(self, theta: Array) -> Array:
         return self._family.matching_gradient(theta)[0]
@@ -223,6 +250,8 @@ class TiltingTruth(Truth):
         theta = self._problem.theta("optimum" if theta is None else theta)
         if quantity == "matching_gradient":
             return family.matching_gradient(theta)[1]
+        if quantity in ("reward_only_objective", "reward_only_gradient"):
+            return family.objective_and_gradient(theta, reward_only=True)[2]
         if quantity in ("objective", "gradient"):
             return family.objective_and_gradient(theta)[2]
         return 0.0

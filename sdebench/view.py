@@ -32,9 +32,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sdebench.simulate.tables import noise_mask
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sdebench.simulate.noise import Noise
     from sdebench.simulate.tables import Tables
     from sdebench.simulate.torch_family import TorchFamily
 
@@ -94,6 +97,9 @@ class View:
     times : (n_steps + 1,) numpy array, the time grid.
     n_steps, n_paths, dim, n_params : sizes.
     theta : (n_params,) numpy array, the control parameters (None: no control).
+    noisy : (n_steps,) 1 for the steps with noise, else 0.
+    denoiser : (n_steps, 3) or empty, see `sdebench.simulate.tables`.
+    other : a view of the same noise under the estimator's `other_control`, or None.
     dtype, device : of every tensor.
     counts : evaluations so far, each in units of one path.
     used : which of `NEEDS` were used so far.
@@ -112,6 +118,8 @@ class View:
         dtype: str = "float64",
         device: str = "cpu",
         family: TorchFamily | None = None,
+        given: Noise | None = None,
+        other: View | None = None,
     ) -> None:
         import torch
 
@@ -119,16 +127,26 @@ class View:
 
         self._family = family or torch_family(tables, dtype, device)
         self._address = (key, replicate, first_path, n_paths)
+        self._given = given
         self._rollout: tuple[Rollout, dict[str, int]] | None = None
         self.times = np.array(times)
         self.theta = None if theta is None else np.array(theta)
         self.n_steps, self.dim = self._family.n_steps, self._family.dim
         self.n_params = self._family.n_params
         self.n_paths = n_paths
+        self.other = other
+        self.denoiser = np.array(tables.denoiser)
+        self.noisy = noise_mask(tables)
         self.dtype = getattr(torch, dtype)
         self.device = device
         self.counts = dict.fromkeys(COUNTERS, 0)
         self.used: set[str] = set()
+        self._charge_other()
+
+    def _charge_other(self) -> None:
+        """Evaluations under the other control count as this view's own."""
+        if self.other is not None:
+            self.other.counts, self.other.used = self.counts, self.used
 
     def _count(self, counter: str) -> None:
         self.counts[counter] += self.n_paths
@@ -158,6 +176,10 @@ class View:
             torch_start_uniforms,
         )
 
+        if self._given is not None:
+            return self._family.start(
+                self._tensor(self._given.start.T), self._tensor(self._given.uniforms)
+            )
         key, replicate, first, count = self._address
         where = (self.dtype, self.device)
         normals = torch_start_normals(key, replicate, first, count, self.dim, *where)
@@ -165,18 +187,31 @@ class View:
         return self._family.start(normals, uniforms)
 
     def noise(self, step: int) -> Tensor:
-        """Return the standard normals z (n_paths, dim) of a step.
+        """Return the standard normals z (n_paths, dim) of a step, zero without noise.
 
         Steps from ``n_steps`` on give normals that no path uses, for an estimator's own
         randomness.
         """
+        import torch
+
         from sdebench.simulate.noise_torch import torch_step_normals
 
         self._count("noise_draws")
+        if step < self.n_steps and not self.noisy[step]:
+            return torch.zeros(
+                (self.n_paths, self.dim), dtype=self.dtype, device=self.device
+            )
+        if self._given is not None and step < self.n_steps:
+            return self._tensor(self._given.steps[step].T)
         key, replicate, first, count = self._address
         return torch_step_normals(
             key, replicate, first, count, step, self.dim, self.dtype, self.device
         )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        import torch
+
+        return torch.tensor(array, dtype=self.dtype, device=self.device)
 
     # ---- the process ----------------------------------------------------------------
     def base_mean(self, step: int, x: Tensor) -> Tensor:
@@ -279,6 +314,9 @@ class View:
         other.counts = dict.fromkeys(COUNTERS, 0)
         other.used = set()
         other._rollout = None
+        if self.other is not None:
+            other.other = self.other.share()
+            other._charge_other()
         shared = self._rollout
 
         def rollout() -> Rollout:

@@ -12,9 +12,10 @@ from threadpoolctl import threadpool_limits
 
 from sdebench import registry
 from sdebench.claims._claim import LEVEL
-from sdebench.measure.engine import Settings, Simulation, check_finite
+from sdebench.measure.engine import Simulation, check_finite
 from sdebench.measure.intervals import Interval, bias_norm, t_quantile
 from sdebench.measure.moments import Moments
+from sdebench.measure.workers import Settings
 from sdebench.problem import Problem
 
 Array = NDArray[np.float64]
@@ -69,15 +70,14 @@ def sample(
         device="cpu",
         seed=seed,
     )
-    tables = problem.tables(theta, times)
-    simulation = Simulation(tables, chosen, settings, problem.n_params)
+    simulation = Simulation(problem, chosen, settings)
     with threadpool_limits(1, user_api="blas"):
         simulation.run(n_replicates, n_threads())
     found = []
     for accumulator in simulation.accumulators:
         check_finite(accumulator)
         if accumulator.contributions is not None:
-            found.append((accumulator.contributions.finalize(), 1))
+            found.append((accumulator.contributions.finalize(), accumulator.group))
         else:
             found.append((accumulator.values.finalize(), N_PATHS))
     return found

@@ -19,12 +19,13 @@ and p_n; one pays 1/2 tr(G^T P G) for the noise of a step and the other
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdebench.errors import ParameterError
-from sdebench.simulate.tables import LinearTables
+from sdebench.simulate.tables import LinearTables, noise_mask
 
 from .hamiltonian import Value, log_expectation, symmetric
 from .linear_quadratic import LinearQuadratic
@@ -55,6 +56,7 @@ class AffineChain:
     reward_constant : r0.
     start_mean : (d,) m_0.
     start_covariance : (d, d) S_0; zero for a fixed start.
+    noisy : (N,) 0 for steps without noise, z_n = 0, else 1; default all 1.
 
     Raises
     ------
@@ -72,6 +74,7 @@ class AffineChain:
     reward_constant: float
     start_mean: NDArray[np.floating]
     start_covariance: NDArray[np.floating]
+    noisy: NDArray[np.floating] | None = None
 
     def __post_init__(self) -> None:
         d, n = len(np.atleast_1d(np.asarray(self.start_mean))), len(self.transition)
@@ -92,6 +95,8 @@ class AffineChain:
         start = check_covariance("start_covariance", self.start_covariance, d)
         object.__setattr__(self, "start_covariance", start)
         object.__setattr__(self, "reward_constant", float(self.reward_constant))
+        noisy = np.ones(n) if self.noisy is None else self.noisy
+        object.__setattr__(self, "noisy", check_array("noisy", noisy, (n,)))
 
     @classmethod
     def from_tables(cls, tables: LinearTables) -> AffineChain:
@@ -107,6 +112,7 @@ class AffineChain:
             reward_constant=float(np.asarray(tables.reward_constant).reshape(())),
             start_mean=tables.start_mean,
             start_covariance=factor @ factor.T,
+            noisy=noise_mask(tables),
         )
 
     @classmethod
@@ -221,6 +227,7 @@ class AffineChain:
         means[0], covariances[0] = self.start_mean, self.start_covariance
         closed, drift = self._closed_loop(gain, bias)
         noise = self.noise @ np.swapaxes(self.noise, 1, 2)
+        noise *= np.asarray(self.noisy)[:, None, None]
         for n, B in enumerate(closed):
             means[n + 1] = B @ means[n] + drift[n]
             covariances[n + 1] = symmetric(B @ covariances[n] @ B.T + noise[n])
@@ -240,23 +247,49 @@ class AffineChain:
         gain, bias = self._check_feedback(gain, bias)
         means, covariances = self.moments(gain, bias)
         second = covariances + means[:, :, None] * means[:, None, :]
-        Q, q = self.reward_quadratic, self.reward_linear
         cost = _square(gain, bias, means[:-1], covariances[:-1])
-        cost += np.sum(self.running * second[:-1]) + np.sum(Q * second[-1])
-        return float(0.5 * cost - q @ means[-1] - self.reward_constant)
+        cost += np.sum(self.running * second[:-1])
+        return 0.5 * cost + self.reward_only_objective(gain, bias)
+
+    def reward_only_objective(self, gain: Array, bias: Array) -> float:
+        """Return -E r(X_N) under the feedback K (N, m, d), k (N, m)."""
+        means, covariances = (part[-1] for part in self.moments(gain, bias))
+        second = covariances + np.outer(means, means)
+        quadratic = 0.5 * float(np.sum(self.reward_quadratic * second))
+        return quadratic - float(self.reward_linear @ means) - self.reward_constant
 
     def gradient(
-        self, gain: Array, bias: Array, gain_derivative: Array, bias_derivative: Array
+        self,
+        gain: Array,
+        bias: Array,
+        gain_derivative: Array,
+        bias_derivative: Array,
+        *,
+        reward_only: bool = False,
+        step_weights: Array | None = None,
     ) -> Array:
         """Return the gradient (P,) of ``objective``.
+
+        It is a sum over steps, sum_n E[(dw_n/dtheta)^T (w_n + G_n^T lambda_{n+1})] with
+        the pathwise derivative lambda of the cost to go; ``step_weights`` weights the
+        terms, as estimators do that leave steps out.
 
         Parameters
         ----------
         gain, bias : K (N, m, d), k (N, m).
         gain_derivative, bias_derivative : dK/dtheta (P, N, m, d), dk/dtheta (P, N, m).
+        reward_only : of -E r(X_N) instead, without control and running cost.
+        step_weights : (N,), default all 1.
         """
-        adjoint = self._adjoint(gain, bias, lean=False)
-        return self._contract(gain, bias, gain_derivative, bias_derivative, adjoint)
+        if step_weights is not None:
+            weights = check_array("step_weights", step_weights, (self.n_steps,))
+            gain_derivative = gain_derivative * weights[:, None, None]
+            bias_derivative = bias_derivative * weights[:, None]
+        adjoint = self.adjoint(gain, bias, reward_only=reward_only)
+        own = 0.0 if reward_only else 1.0
+        return self._contract(
+            gain, bias, gain_derivative, bias_derivative, adjoint, own
+        )
 
     def matching_gradient(
         self, gain: Array, bias: Array, gain_derivative: Array, bias_derivative: Array
@@ -268,15 +301,17 @@ class AffineChain:
         that minimizes J_N and differs from ``gradient``, whose arguments it takes,
         elsewhere.
         """
-        adjoint = self._adjoint(gain, bias, lean=True)
+        adjoint = self.adjoint(gain, bias, lean=True)
         return self._contract(gain, bias, gain_derivative, bias_derivative, adjoint)
 
-    def _adjoint(self, gain: Array, bias: Array, *, lean: bool) -> tuple[Array, Array]:
+    def adjoint(
+        self, gain: Array, bias: Array, *, lean: bool = False, reward_only: bool = False
+    ) -> tuple[Array, Array]:
         """Return S (N + 1, d, d), s (N + 1, d) with E[adjoint_n | X_n = x] = S x + s.
 
         The full adjoint is the pathwise derivative of the cost,
         a_n = M^T a_{n+1} + K^T (w_n + G^T a_{n+1}) + F_n X_n; the lean one drops
-        the terms of the feedback.
+        the terms of the feedback, and ``reward_only`` those of the costs w_n and F_n.
         """
         gain, bias = self._check_feedback(gain, bias)
         d = self.dim
@@ -285,9 +320,11 @@ class AffineChain:
         closed, drift = self._closed_loop(gain, bias)
         left = self.transition if lean else closed
         for n in reversed(range(self.n_steps)):
-            S[n] = left[n].T @ S[n + 1] @ closed[n] + self.running[n]
+            S[n] = left[n].T @ S[n + 1] @ closed[n]
             s[n] = left[n].T @ (S[n + 1] @ drift[n] + s[n + 1])
-            if not lean:
+            if not reward_only:
+                S[n] += self.running[n]
+            if not (lean or reward_only):
                 S[n] += gain[n].T @ gain[n]
                 s[n] += gain[n].T @ bias[n]
         return S, s
@@ -299,7 +336,9 @@ class AffineChain:
         gain_derivative: Array,
         bias_derivative: Array,
         adjoint: tuple[Array, Array],
+        own: float = 1.0,
     ) -> Array:
+        """Return sum_n E[(dw_n)^T (own w_n + G_n^T adjoint_{n+1})]."""
         n_params = len(gain_derivative)
         n, d, m = self.noise.shape
         dK = check_array("gain_derivative", gain_derivative, (n_params, n, m, d))
@@ -308,9 +347,9 @@ class AffineChain:
         closed, drift = self._closed_loop(gain, bias)
         S, s = adjoint[0][1:], adjoint[1][1:]
         transposed = np.swapaxes(self.noise, 1, 2)
-        # w_n + G^T E[adjoint_{n+1} | X_n = x] = R x + e
-        R = gain + transposed @ S @ closed
-        e = bias + np.einsum("nmd,nd->nm", transposed, _apply(S, drift) + s)
+        # own w_n + G^T E[adjoint_{n+1} | X_n = x] = R x + e
+        R = own * gain + transposed @ S @ closed
+        e = own * bias + np.einsum("nmd,nd->nm", transposed, _apply(S, drift) + s)
         second = covariances + means[:, :, None] * means[:, None, :]
         second, means = second[:-1], means[:-1]
         in_gain = R @ second + e[:, :, None] * means[:, None, :]
@@ -331,6 +370,34 @@ class AffineChain:
         other_gain, other_bias = self._check_feedback(other_gain, other_bias)
         return _square(
             gain - other_gain, bias - other_bias, means[:-1], covariances[:-1]
+        )
+
+
+class PolicyChain(NamedTuple):
+    """A chain with the feedback K_n x + k_n of a policy, and that of u*.
+
+    gain (N, m, d), bias (N, m), their derivatives (P, ...) in theta.
+    """
+
+    chain: AffineChain
+    gain: Array
+    bias: Array
+    gain_derivative: Array
+    bias_derivative: Array
+    optimal_gain: Array
+    optimal_bias: Array
+
+    def gradient(
+        self, *, reward_only: bool = False, step_weights: Array | None = None
+    ) -> Array:
+        """Return the gradient (P,) of `AffineChain.gradient` for this policy."""
+        return self.chain.gradient(
+            self.gain,
+            self.bias,
+            self.gain_derivative,
+            self.bias_derivative,
+            reward_only=reward_only,
+            step_weights=step_weights,
         )
 
 

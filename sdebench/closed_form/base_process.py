@@ -15,7 +15,7 @@ from numpy.polynomial.legendre import leggauss
 
 from sdebench.closed_form.log_quadratics import Array, gaussian_rows, gradient
 from sdebench.closed_form.schedule import Schedule
-from sdebench.errors import ParameterError
+from sdebench.errors import NotApplicableError, ParameterError
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,33 @@ class BaseProcess:
         if not self.gaussian:
             drift = drift + self.sigma(t) ** 2 * gradient(self.marginal(t), x)
         return drift
+
+    def flow_drift(self, t: float) -> tuple[float, Array]:
+        """Return (scale, offset (d,)) of the linear part of the probability flow."""
+        raise NotApplicableError(
+            f"{type(self).__name__} has no probability flow that its control steers; "
+            "mixed ODE-SDE sampling needs a memoryless denoising base"
+        )
+
+    def denoiser(self, s: float, t: float) -> tuple[float, float, float] | None:
+        """Return the coefficients of the denoised prediction at s, or None.
+
+        E[X_T | X_s = x] under the control is their sum with x, the Euler-Maruyama mean
+        of the step from s to t without control, and the control in noise units.
+        """
+        return None
+
+    def flow_step(self, s: float, t: float) -> GaussianStep:
+        """Return the coefficients of one Euler step of the probability flow.
+
+        The velocity under the control u is v + sigma u / 2 (Domingo-Enrich et al. 2024,
+        arXiv:2409.08861, section 4): half of what u adds to the drift with noise.
+        """
+        h, sigma = t - s, self.sigma(s)
+        scale, offset = self.flow_drift(s)
+        root = np.sqrt(h) * sigma
+        score = 0.0 if self.gaussian else 0.5 * h * sigma**2
+        return GaussianStep(1.0 + h * scale, h * offset, score, root, 0.5 * root)
 
     def step(self, s: float, t: float, scheme: str) -> GaussianStep:
         """Return the coefficients of one step from s to t.
@@ -199,6 +226,19 @@ class MemorylessBase(BaseProcess):
         mean, q = self._moments(t)
         pull = 2.0 * float(self.schedule.eta(t)) / q
         return kappa - pull, pull * mean
+
+    def flow_drift(self, t: float) -> tuple[float, Array]:
+        # kappa x + eta grad log p_t: half the score of the drift with noise.
+        scale, offset = self.linear_drift(t)
+        return 0.5 * (float(self.schedule.kappa(t)) + scale), 0.5 * offset
+
+    def denoiser(self, s: float, t: float) -> tuple[float, float, float]:
+        # Tweedie: (x + beta^2 score) / alpha; the step's mean holds h sigma^2 score.
+        h, sigma = t - s, self.sigma(s)
+        alpha, variance = float(self.schedule.alpha(s)), self.schedule.variance(s)
+        by_mean = float(variance) / (alpha * h * sigma**2)
+        by_state = 1.0 / alpha - by_mean * (1.0 + h * float(self.schedule.kappa(s)))
+        return by_state, by_mean, by_mean * np.sqrt(h) * sigma
 
     def linear_growth(self, s: float, t: float) -> float:
         if self.gaussian:

@@ -86,6 +86,7 @@ class FeedbackEvaluation:
     loop : the problem's coefficients.
     gain, bias : K(t) (m, d) and k(t) (m,).
     edges : increasing panel ends, first 0 and last T.
+    cost_weight : factor of control and running cost; 0 leaves the reward alone.
 
     Attributes
     ----------
@@ -97,11 +98,16 @@ class FeedbackEvaluation:
     """
 
     def __init__(
-        self, loop: ClosedLoop, gain: MatrixFunction, bias: MatrixFunction, edges: Array
+        self,
+        loop: ClosedLoop,
+        gain: MatrixFunction,
+        bias: MatrixFunction,
+        edges: Array,
+        cost_weight: float = 1.0,
     ) -> None:
         nodes, weights, self._matrix = gauss_rule(N_NODES)
         widths = np.diff(edges)
-        self.loop = loop
+        self.loop, self.cost_weight = loop, cost_weight
         self.times = edges[:-1, None] + widths[:, None] * nodes
         self.weights = widths[:, None] * weights
         self._widths = widths
@@ -142,6 +148,7 @@ class FeedbackEvaluation:
         """Return J, the expected control and running cost minus the reward."""
         cost = self.loop.running + np.swapaxes(self.control, -1, -2) @ self.control
         running = np.einsum("ns,nsab,nsab->", self.weights, cost, self.moments)
+        running *= self.cost_weight
         return 0.5 * float(running + np.sum(self.loop.terminal * self.final_moment))
 
     def objective_scale(self) -> float:
@@ -156,6 +163,7 @@ class FeedbackEvaluation:
     def full_adjoint(self) -> Array:
         """Return (S, s) (n, s, d, D): the gradient S x + s of the cost-to-go."""
         cost = self.loop.running + np.swapaxes(self.control, -1, -2) @ self.control
+        cost *= self.cost_weight
         dim = len(self.loop.linear)
         return self._backward(self._inside, self._end, cost, self.loop.terminal)[
             ..., :dim, :
@@ -202,7 +210,7 @@ class FeedbackEvaluation:
         derivative : (n, s, P, m, D) of the feedback in each parameter.
         """
         sigma, subscripts = self.loop.noise, "ns,nspua,nsub,nsba->p"
-        residual = self.control + sigma.T @ adjoint
+        residual = self.cost_weight * self.control + sigma.T @ adjoint
         value = np.einsum(
             subscripts, self.weights, derivative, residual, self.moments, optimize=True
         )

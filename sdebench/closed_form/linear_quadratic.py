@@ -352,6 +352,7 @@ class LinearQuadratic:
         bias: MatrixFunction,
         breaks: Sequence[float],
         answer: Callable[[FeedbackEvaluation], tuple[Array, Array]],
+        cost_weight: float = 1.0,
     ) -> tuple[Array, float]:
         """Return ``answer`` on ever more panels, with a bound on its error.
 
@@ -384,7 +385,9 @@ class LinearQuadratic:
             ]
             edges = np.append(np.concatenate(pieces), self.horizon)
             with np.errstate(over="ignore", invalid="ignore"):
-                value, scale = answer(FeedbackEvaluation(self._loop, gain, bias, edges))
+                value, scale = answer(
+                    FeedbackEvaluation(self._loop, gain, bias, edges, cost_weight)
+                )
             rounding = 8.0 * _EPS * (self.dim + len(edges)) * float(np.max(scale))
             if previous is not None:
                 change = float(np.max(np.abs(value - previous)))
@@ -418,6 +421,7 @@ class LinearQuadratic:
         gain_derivative: MatrixFunction,
         bias_derivative: MatrixFunction,
         *,
+        reward_only: bool = False,
         breaks: Sequence[float] = (),
     ) -> PolicyObjective:
         """Return J(theta) of u = K(t) x + k(t), its gradient and an error bound.
@@ -426,6 +430,7 @@ class LinearQuadratic:
         ----------
         gain, bias : t -> K (m, d), k (m,).
         gain_derivative, bias_derivative : t -> dK/dtheta (P, m, d), dk/dtheta (P, m).
+        reward_only : of -E r(X_T) instead, without control and running cost.
         breaks : times at which the feedback is not smooth.
 
         Returns
@@ -441,7 +446,8 @@ class LinearQuadratic:
                 np.append(evaluation.objective_scale(), size),
             )
 
-        values, bound = self._refine(gain, bias, breaks, answer)
+        cost_weight = 0.0 if reward_only else 1.0
+        values, bound = self._refine(gain, bias, breaks, answer, cost_weight)
         return PolicyObjective(float(values[0]), values[1:], bound)
 
     def matching_gradient(

@@ -164,26 +164,33 @@ class TiltingFamily:
         return value if self.base.gaussian else value - lq.hessian(base, x)
 
     # ---- expectations over the start -------------------------------------------
-    def _expect(self, function: Callable[[Array], Array]) -> tuple[Array, float]:
-        """Return E_{p_0} of a function of x (n, d) -> (n, ...) and an error bound."""
-        if self.start.is_point:
-            return function(self.start.means)[0], 0.0
-        if self.affine:
-            # Every integrand is a polynomial of degree two in x.
-            x, w = self.start.cubature()
-            return np.tensordot(w, function(x), axes=1), 0.0
-        dim = self.start.means.shape[1]
+    def _expect(
+        self, function: Callable[[Array], Array], law: StartLaw | None = None
+    ) -> tuple[Array, float]:
+        """Return E of a function of x (n, d) -> (n, ...) and an error bound.
+
+        Of x from ``law``, by default that of the start.
+        """
+        if law is None:
+            law = self.start
+            if self.affine and not law.is_point:
+                # Every integrand is a polynomial of degree two in x.
+                x, w = law.cubature()
+                return np.tensordot(w, function(x), axes=1), 0.0
+        if law.is_point:
+            return function(law.means)[0], 0.0
+        dim = law.means.shape[1]
         if dim > 3:
             raise NotExactError(
-                f"the start law needs quadrature in {dim} dimensions, which is done "
-                "up to 3; use a fixed start or a Gaussian base"
+                f"the answer needs quadrature in {dim} dimensions, which is done up to "
+                "3; use a fixed start or a Gaussian base"
             )
         previous: Array | None = None
         gap = np.inf
         for order in (8, 12, 16, 24, 32, 48, 64, 96, 128):
-            if order**dim * len(self.start.weights) > 2_000_000:
+            if order**dim * len(law.weights) > 2_000_000:
                 break
-            x, w = self.start.nodes(order)
+            x, w = law.nodes(order)
             value = np.tensordot(w, function(x), axes=1)
             if previous is not None:
                 gap = float(np.max(np.abs(value - previous)))
@@ -199,21 +206,30 @@ class TiltingFamily:
         gamma = lq.weights(rows, x)
         return gamma, gain * x[:, None, :] + shift, variance
 
-    def objective_and_gradient(self, theta: Array) -> tuple[float, Array, float, float]:
-        """Return J, grad J (P,) and an absolute error bound for each."""
+    def objective_and_gradient(
+        self, theta: Array, *, reward_only: bool = False
+    ) -> tuple[float, Array, float, float]:
+        """Return J, grad J (P,) and an absolute error bound for each.
+
+        With ``reward_only`` of -E r(X_T) under the control u_theta instead.
+        """
         theta = np.asarray(theta, float)
-        delta = theta - self.theta_star
+        delta = -self.theta_star if reward_only else theta - self.theta_star
         start = self.base.start_time
 
         def integrand(x: Array) -> Array:
             mean, covariance = lq.feature_covariance(
                 self.features, *self._posterior(x, theta)
             )
-            value = mean @ delta - self.log_h(x, start, theta)
+            rest = self.constant if reward_only else self.log_h(x, start, theta)
+            value = mean @ delta - rest
             return np.concatenate([value[:, None], covariance @ delta], axis=1)
 
         with np.errstate(over="ignore", invalid="ignore"):
-            value, error = self._expect(integrand)
+            if reward_only and np.any(self.reference):
+                value, error = self._reward_by_quadrature(theta)
+            else:
+                value, error = self._expect(integrand)
         if not np.all(np.isfinite(value)):
             raise NumericalError(
                 f"the exact objective overflows at theta = {theta.tolist()}; choose "
@@ -222,6 +238,32 @@ class TiltingFamily:
         rounding = 1e-14 * float(np.max(np.abs(value)))
         bound = error + 16 * rounding
         return float(value[0]), value[1:], bound, bound
+
+    def _reward_by_quadrature(self, theta: Array) -> tuple[Array, float]:
+        """Return -E r(X_T), its gradient and an error bound; r need not be quadratic.
+
+        The gradient is -Cov(phi, r) under the law of X_T, since h_theta is known up to
+        a constant from a fixed start.
+        """
+        if not self.start.is_point:
+            raise NotExactError(
+                "the expected reward has no closed form for a random start and a "
+                "reward that is not quadratic"
+            )
+        weights, means, variances = self._posterior(self.start.means, theta)
+        law = StartLaw(weights[0], means[0], np.sqrt(variances))
+        rows = self.reward_rows(self.theta_star)
+        count = len(self.features)
+
+        def integrand(x: Array) -> Array:
+            phi = lq.terms(self.features, x)
+            reward = lq.log_value(rows, x)[:, None]
+            return np.concatenate([reward, phi, phi * reward], axis=1)
+
+        value, error = self._expect(integrand, law)
+        mean, phi, product = value[0], value[1 : count + 1], value[count + 1 :]
+        bound = error * (1.0 + float(np.max(np.abs(value))))
+        return np.append(-mean, phi * mean - product), 2.0 * bound
 
     def start_feature_law(self, theta: Array) -> tuple[Array, Array]:
         """Return E_{p_0} of mean (P,) and covariance (P, P) of phi(X_T) given X_0."""

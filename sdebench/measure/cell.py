@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,11 @@ from sdebench.errors import (
     unknown,
 )
 from sdebench.estimator import Estimator
+from sdebench.measure.answers import exact_answers
 from sdebench.measure.engine import (
     Accumulator,
-    Settings,
     Simulation,
     check_finite,
-    count_evaluations,
 )
 from sdebench.measure.intervals import (
     bias_norm,
@@ -45,6 +44,7 @@ from sdebench.measure.intervals import (
 from sdebench.measure.memory import PeakMemory
 from sdebench.measure.moments import Moments
 from sdebench.measure.tails import tail_index
+from sdebench.measure.workers import Settings, count_evaluations, shared_paths
 from sdebench.problem import Problem, check_scheme
 from sdebench.provenance import provenance
 
@@ -60,6 +60,8 @@ SIGNIFICANCE = 0.001
 ROUNDING = {"float64": 2.0**-40, "float32": 2.0**-14}
 """Relative differences that the arithmetic of a path explains."""
 MAX_REPLICATES = 1 << 22
+PARTIAL = "unbiased for its target"
+"""Verdict on an estimator of something else than the N-step gradient."""
 
 BACKENDS = ("numba", "torch")
 DTYPES = ("float64", "float32")
@@ -222,13 +224,12 @@ def measure_group(
     request = make_request(problem, **settings)
     chosen = [registry.estimator(e) if isinstance(e, str) else e for e in estimators]
     rows: dict[int, dict[str, Any]] = {}
-    controls: dict[str, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for index, estimator in enumerate(chosen):
-        reason = estimator.not_applicable(request.n_paths)
-        if reason is None and request.backend == "numba" and not estimator.block_kernel:
-            reason = "it has no numba kernel; use backend torch"
+        reason = refusal(request, estimator)
         if reason is None:
-            controls.setdefault(estimator.control, []).append(index)
+            key = shared_paths(estimator, len(request.times) - 1, request.n_paths)
+            groups.setdefault(key, []).append(index)
         else:
             rows[index] = _row(request, estimator) | {
                 "status": "not applicable",
@@ -236,12 +237,26 @@ def measure_group(
             }
     # One BLAS thread: the matrices are small, and results must not depend on it.
     with threadpool_limits(1, user_api="blas"), _torch_threads(request):
-        for control, indices in controls.items():
+        for indices in groups.values():
             group = [chosen[i] for i in indices]
-            measured = _simulate(request, control, group, progress)
+            measured = _simulate(request, group, progress)
             rows.update(zip(indices, measured, strict=True))
         errors = _control_errors(request)
     return [Measurement(rows[i] | errors) for i in range(len(chosen))]
+
+
+def refusal(request: Request, estimator: Estimator) -> str | None:
+    """Return why an estimator cannot run on this cell, or None."""
+    if reason := estimator.refusal(request.n_paths, request.backend):
+        return reason
+    n_steps = len(request.times) - 1
+    try:
+        noisy = estimator.noisy_steps(n_steps)
+        if noisy is not None:
+            request.problem.tables(None, request.times, request.scheme, noisy)
+    except (NotApplicableError, ParameterError) as error:
+        return str(error)
+    return None
 
 
 @contextmanager
@@ -275,35 +290,30 @@ def _control_errors(request: Request) -> dict[str, float]:
 
 def _simulate(
     request: Request,
-    control: str,
     estimators: Sequence[Estimator],
     progress: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
-    problem = request.problem
-    theta = {
-        "theta": request.theta,
-        "none": None,
-        "optimal": problem.theta_star,
-    }[control]
-    tables = problem.tables(theta, request.times, request.scheme)
     settings = Settings(
         times=request.times,
-        theta=theta,
+        theta=request.theta,
         n_paths=request.n_paths,
         backend=request.backend,
         dtype=request.dtype,
         device=request.device,
         seed=request.seed,
+        scheme=request.scheme,
     )
     judges = [Judge(request, estimator) for estimator in estimators]
-    simulation = Simulation(tables, estimators, settings, problem.n_params)
+    simulation = Simulation(request.problem, estimators, settings)
     with PeakMemory() as memory:
         level = _run(request, simulation, judges, progress)
     rows = []
     for accumulator, judge in zip(simulation.accumulators, judges, strict=True):
         row = _row(request, accumulator.estimator)
         row["n_replicates"] = simulation.n_replicates
-        evaluations = count_evaluations(tables, accumulator.estimator, settings)
+        evaluations = count_evaluations(
+            request.problem, accumulator.estimator, settings
+        )
         try:
             check_finite(accumulator)
         except NumericalError as error:
@@ -395,18 +405,11 @@ class Judge:
 
     def __init__(self, request: Request, estimator: Estimator) -> None:
         self._request, self._estimator = request, estimator
-        truth = request.problem.truth
-        estimand = estimator.estimand
-        grid = request.times
-        self.truth = truth.answer(estimand, request.theta)
-        self.discrete = truth.answer(
-            estimand, request.theta, grid, scheme=request.scheme
+        answers = exact_answers(
+            request.problem, estimator, request.theta, request.times, request.scheme
         )
-        self.error = (
-            truth.error_bound(estimand, request.theta)
-            if self.truth is not None
-            else 0.0
-        )
+        self.truth, self.discrete = answers.truth, answers.discrete
+        self.target, self.error = answers.target, answers.error
         self.scale = self._scale()
 
     def _scale(self) -> float:
@@ -449,7 +452,9 @@ class Judge:
         scale = 1.0 if math.isnan(self.scale) else self.scale
         moments = self._moments(accumulator)
         per_replicate = (
-            self._request.n_paths if accumulator.contributions is not None else 1
+            self._request.n_paths // accumulator.group
+            if accumulator.contributions is not None
+            else 1
         )
         error = moments.std_error
         if not np.any(error > 0) or not np.all(np.isfinite(error)):
@@ -466,7 +471,7 @@ class Judge:
         moments = self._moments(accumulator)
         covariance = moments.covariance
         assert covariance is not None
-        scale_to_path = 1.0 if per_path else float(request.n_paths)
+        scale_to_path = float(accumulator.group if per_path else request.n_paths)
         variance = variance_interval(moments, level, scale_to_path)
         values = accumulator.values.finalize()
         row: dict[str, Any] = {
@@ -476,6 +481,7 @@ class Judge:
             "truth_discrete": (
                 None if self.discrete is None else self.discrete.tolist()
             ),
+            "target": None if self.target is None else self.target.tolist(),
             "truth_error": self.error,
             "scale": self.scale,
             "confidence_used": level,
@@ -501,7 +507,7 @@ class Judge:
         row |= self._tail(accumulator, variance.estimate > tolerance**2)
         for suffix, answer, slack in (
             ("", self.truth, tolerance + self.error),
-            ("_own", self.discrete, tolerance),
+            ("_own", self.target, tolerance),
         ):
             row |= _bias(moments, answer, slack, level, self.scale, suffix)
         discretization = (
@@ -516,6 +522,11 @@ class Judge:
             math.nan
             if discretization is None
             else float(np.linalg.norm(discretization)) / self.scale
+        )
+        row["relative_bias_target"] = (
+            math.nan
+            if self.target is None or self.discrete is None
+            else float(np.linalg.norm(self.target - self.discrete)) / self.scale
         )
         answer = self.truth if self.truth is not None else self.discrete
         if answer is not None:
@@ -551,9 +562,11 @@ class Judge:
         if row["infinite_variance_suspected"]:
             return "infinite variance suspected"
         trusted = row["normal_theory_trusted"]
-        if self.discrete is not None:
+        if self.target is not None:
             if row["p_value_own"] < SIGNIFICANCE:
                 return "biased" if trusted else "undecided, heavy tails"
+            if row["relative_bias_target"] * self.scale > tolerance:
+                return PARTIAL
             if discretization is None:
                 return "unbiased"
             visible = float(np.max(np.abs(discretization))) > tolerance

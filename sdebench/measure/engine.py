@@ -7,8 +7,7 @@ bitwise independent of the number of threads.  Memory is one block of paths per 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,157 +19,13 @@ from sdebench.errors import NumericalError
 from sdebench.estimator import Estimator
 from sdebench.measure.moments import LogMeanExp, StreamingMoments
 from sdebench.measure.tails import TopValues, column_norms
-from sdebench.simulate.noise import split_seed
-from sdebench.simulate.tables import Tables
+from sdebench.measure.workers import GRID_SHIFT, Settings, Worker, make_worker
+from sdebench.problem import Problem
 
 Array = NDArray[np.float64]
 
 LANES = 8
-BLOCK = 256
-"""Paths per block: long enough to hide the loops' overhead, short enough for caches."""
-WIDE_BLOCK, WIDE_DIM = 128, 8
-"""From this dimension on stored paths of 256 columns leave the level-2 cache."""
 TOP_VALUES = 4096
-TORCH_ELEMENTS = 1 << 19
-"""States (paths x dim) that torch handles at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a simulation needs besides the tables."""
-
-    times: Array
-    theta: Array | None
-    n_paths: int
-    backend: str
-    dtype: str
-    device: str
-    seed: int
-
-
-# One block of paths: statistics (C, >= count) of each estimator, and the seconds that
-# the shared forward pass and each estimator took.
-Block = tuple[list[NDArray[Any]], float, list[float]]
-
-
-class NumbaWorker:
-    """Buffers and scratch of one thread."""
-
-    def __init__(
-        self, tables: Tables, estimators: Sequence[Estimator], settings: Settings
-    ) -> None:
-        from sdebench.simulate.forward import path_buffers
-        from sdebench.simulate.primitives import prepare, workspace
-        from sdebench.simulate.tile import LANES as COLUMNS
-
-        block = BLOCK if tables.offset.shape[1] < WIDE_DIM else WIDE_BLOCK
-        self.size = min(block, -(-settings.n_paths // COLUMNS) * COLUMNS)
-        self._columns = COLUMNS
-        self._prepared = prepare(tables, settings.dtype)
-        self._work = workspace(self._prepared, self.size)
-        self._buffers = path_buffers(self._prepared, self.size)
-        self._estimators = estimators
-        self._key = split_seed(settings.seed)
-        width = self._buffers.totals.shape[1]
-        n_params = self._prepared.n_parameters
-        self._out = [
-            np.zeros((e.n_statistics(n_params), width), settings.dtype)
-            for e in estimators
-        ]
-
-    def block(self, replicate: int, first_path: int, count: int) -> Block:
-        """Simulate ``count`` paths and return every estimator's statistics."""
-        from sdebench.simulate.forward import forward
-
-        if not 0 < count <= self.size:
-            raise ValueError(f"a block holds 1 to {self.size} paths, not {count}")
-        buffers = self._buffers
-        size = -(-count // self._columns) * self._columns
-        clock = time.perf_counter()
-        forward(
-            self._prepared,
-            self._work,
-            buffers,
-            size,
-            first_path,
-            *self._key,
-            replicate,
-        )
-        shared = time.perf_counter() - clock
-        own = []
-        for estimator, out in zip(self._estimators, self._out, strict=True):
-            kernel = estimator.block_kernel
-            assert kernel is not None
-            clock = time.perf_counter()
-            kernel(
-                self._prepared,
-                self._work,
-                buffers.states,
-                buffers.normals,
-                buffers.controls,
-                buffers.totals,
-                size,
-                *estimator.kernel_options,
-                out,
-            )
-            own.append(time.perf_counter() - clock)
-        return self._out, shared, own
-
-
-class TorchWorker:
-    """The torch implementation of the same block."""
-
-    def __init__(
-        self, tables: Tables, estimators: Sequence[Estimator], settings: Settings
-    ) -> None:
-        from sdebench.simulate.torch_family import torch_family
-
-        self._tables, self._settings = tables, settings
-        self._estimators = estimators
-        self._family = torch_family(tables, settings.dtype, settings.device)
-        dim = self._family.dim
-        self.size = max(BLOCK, TORCH_ELEMENTS // dim // BLOCK * BLOCK)
-        self.size = min(self.size, settings.n_paths)
-        self._key = split_seed(settings.seed)
-
-    def block(self, replicate: int, first_path: int, count: int) -> Block:
-        """Simulate ``count`` paths and return every estimator's statistics."""
-        import torch
-
-        from sdebench.view import View
-
-        settings = self._settings
-        clock = time.perf_counter()
-        with torch.no_grad():
-            view = View(
-                self._tables,
-                settings.times,
-                settings.theta,
-                key=self._key,
-                replicate=replicate,
-                first_path=first_path,
-                n_paths=count,
-                dtype=settings.dtype,
-                device=settings.device,
-                family=self._family,
-            )
-            view.rollout()
-            self._wait()
-            shared = time.perf_counter() - clock
-            rows, own = [], []
-            for estimator in self._estimators:
-                clock = time.perf_counter()
-                statistics = estimator.statistics(view.share())
-                self._wait()
-                own.append(time.perf_counter() - clock)
-                rows.append(np.ascontiguousarray(statistics.cpu().numpy().T))
-        return rows, shared, own
-
-    def _wait(self) -> None:
-        if self._settings.device.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize()
 
 
 @dataclass
@@ -178,12 +33,14 @@ class Accumulator:
     """Everything that is kept of one estimator, in memory independent of its samples.
 
     values : moments of the replicate values.
-    contributions : moments of the per-path contributions, if they are independent.
-    top : the largest per-path contributions (log-weights in the log domain).
+    contributions : moments of the groups' contributions, if they are independent.
+    group : paths per contribution.
+    top : the largest contributions (log-weights in the log domain).
     """
 
     estimator: Estimator
     n_params: int
+    group: int
     values: StreamingMoments = field(init=False)
     contributions: StreamingMoments | None = field(init=False)
     top: TopValues = field(init=False)
@@ -203,6 +60,7 @@ class Accumulator:
 
     def start(self, statistics: NDArray[Any], count: int, value: Array) -> None:
         """Take the shifts of the streaming moments from the first block."""
+        statistics, count = group_means(statistics, count, self.group)
         if self.contributions is not None:
             self.contributions.set_shift(statistics, count)
         if not self.is_weight:
@@ -213,6 +71,7 @@ class Accumulator:
 
     def paths(self, lane: int, statistics: NDArray[Any], count: int) -> None:
         """Add the paths of one block."""
+        statistics, count = group_means(statistics, count, self.group)
         if self.contributions is not None:
             self.contributions.update(lane, statistics, count)
         if self.weights is not None:
@@ -221,6 +80,16 @@ class Accumulator:
         else:
             rows = statistics[: self.n_params]
             self.top.update(lane, column_norms(rows, self._centre, count))
+
+
+def group_means(
+    statistics: NDArray[Any], count: int, group: int
+) -> tuple[NDArray[Any], int]:
+    """Return the means (C, n) of consecutive groups of paths, and n."""
+    if group == 1:
+        return statistics, count
+    groups = statistics[:, :count].reshape(len(statistics), count // group, group)
+    return np.ascontiguousarray(groups.mean(axis=2)), count // group
 
 
 class ReplicateMean:
@@ -246,24 +115,22 @@ class ReplicateMean:
 
 
 class Simulation:
-    """Estimators that share one control, hence one forward pass and its noise."""
+    """Estimators with the same `shared_paths`: one forward pass, one noise."""
 
     def __init__(
-        self,
-        tables: Tables,
-        estimators: Sequence[Estimator],
-        settings: Settings,
-        n_params: int,
+        self, problem: Problem, estimators: Sequence[Estimator], settings: Settings
     ) -> None:
-        self.tables, self.settings = tables, settings
+        self.problem, self.settings = problem, settings
         self.estimators = list(estimators)
-        self.accumulators = [Accumulator(e, n_params) for e in estimators]
-        kind = NumbaWorker if settings.backend == "numba" else TorchWorker
-        self._make: Callable[[], NumbaWorker | TorchWorker] = lambda: kind(
-            tables, self.estimators, settings
-        )
+        self.accumulators = [
+            Accumulator(e, problem.n_params, e.group_size(settings.n_paths))
+            for e in estimators
+        ]
         self._done = 0
         self._warm()
+
+    def _make(self) -> Worker:
+        return make_worker(self.problem, self.estimators, self.settings)
 
     def _blocks(self, size: int) -> list[tuple[int, int]]:
         """Return first path number and size of the blocks of a replicate.
@@ -272,7 +139,7 @@ class Simulation:
         ladder of step counts are independent, as a fit of the order assumes.
         """
         paths = self.settings.n_paths
-        origin = (len(self.settings.times) - 1) << 40
+        origin = (len(self.settings.times) - 1) << GRID_SHIFT
         return [(origin + p, min(size, paths - p)) for p in range(0, paths, size)]
 
     def _warm(self) -> None:
@@ -311,9 +178,7 @@ class Simulation:
                 list(pool.map(task, range(LANES)))
         self._done = n_replicates
 
-    def _lane(
-        self, worker: NumbaWorker | TorchWorker, lane: int, replicates: range
-    ) -> None:
+    def _lane(self, worker: Worker, lane: int, replicates: range) -> None:
         values: list[list[Array]] = [[] for _ in self.estimators]
         blocks = self._blocks(worker.size)
         n_paths = self.settings.n_paths
@@ -346,27 +211,3 @@ def check_finite(accumulator: Accumulator) -> None:
             f"{accumulator.estimator.label} returned NaN or infinity in {bad} "
             "samples; use more time steps, float64, or a theta closer to the optimum"
         )
-
-
-def count_evaluations(
-    tables: Tables, estimator: Estimator, settings: Settings
-) -> dict[str, float]:
-    """Return the evaluations per path, counted by a view on the torch function."""
-    import torch
-
-    from sdebench.view import View
-
-    paths = 2
-    view = View(
-        tables,
-        settings.times,
-        settings.theta,
-        key=split_seed(settings.seed),
-        replicate=0,
-        first_path=0,
-        n_paths=paths,
-        dtype=settings.dtype,
-    )
-    with torch.no_grad():
-        estimator.statistics(view)
-    return {name: value / paths for name, value in view.counts.items()}

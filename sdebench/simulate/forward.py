@@ -11,7 +11,16 @@ from sdebench.simulate import primitives
 from sdebench.simulate.noise import fill_normals
 from sdebench.simulate.primitives import Prepared
 from sdebench.simulate.tables import Array
-from sdebench.simulate.tile import LANES, PADDING, lanes, load, path_kernel, store
+from sdebench.simulate.tile import (
+    LANES,
+    PADDING,
+    clear,
+    glue,
+    lanes,
+    load,
+    path_kernel,
+    store,
+)
 
 CHUNK_BYTES = 32768
 """Noise made at a time: it should still be in the L1 or L2 cache when it is used."""
@@ -62,6 +71,14 @@ def path_buffers(prepared: Prepared, block: int, store: bool = True) -> Buffers:
     )
 
 
+@glue
+def finish(prepared, work, X, totals, B):  # type: ignore[no-untyped-def]
+    """Complete the totals of a block whose last states are X."""
+    for p in range(0, B, lanes(totals)):
+        store(totals, 0, p, 0.5 * load(totals, 0, p))
+    primitives.reward(prepared, work, X, totals, 3, B)
+
+
 @path_kernel
 def forward(
     prepared: Any,
@@ -93,9 +110,7 @@ def forward(
     X, Z, W, totals = buffers.states, buffers.normals, buffers.controls, buffers.totals
     d = X.shape[1]
     N = prepared.offset.shape[0]
-    for i in range(4):
-        for p in range(0, B, lanes(totals)):
-            store(totals, i, p, 0.0)
+    clear(totals, B)
     primitives.start(prepared, work, X[0], B, p0, k0, k1, replicate)
     first = 0
     for n0 in range(0, N, buffers.chunk):
@@ -107,10 +122,27 @@ def forward(
         for n in range(n0, n0 + steps):
             x = X[n % X.shape[0]]
             y = X[(n + 1) % X.shape[0]]
-            w = W[n % W.shape[0]]
+            w, z = W[n % W.shape[0]], Z[first + n - n0]
+            if prepared.noisy[n] == 0.0:
+                clear(z, B)
             primitives.evaluate(prepared, work, n, x, w, B)
             primitives.running_cost(prepared, work, n, x, totals, 1, B)
-            primitives.step(prepared, work, n, x, w, Z[first + n - n0], y, totals, B)
-    for p in range(0, B, lanes(totals)):
-        store(totals, 0, p, 0.5 * load(totals, 0, p))
-    primitives.reward(prepared, work, X[N % X.shape[0]], totals, 3, B)
+            primitives.step(prepared, work, n, x, w, z, y, totals, B)
+    finish(prepared, work, X[N % X.shape[0]], totals, B)
+
+
+@path_kernel
+def replay(prepared: Any, work: Any, buffers: Buffers, B: int) -> None:
+    """Simulate the paths whose start and noise stand in ``buffers`` already.
+
+    The buffers must keep whole paths; otherwise as `forward`.
+    """
+    X, Z, W, totals = buffers.states, buffers.normals, buffers.controls, buffers.totals
+    clear(totals, B)
+    for n in range(W.shape[0]):
+        if prepared.noisy[n] == 0.0:
+            clear(Z[n], B)
+        primitives.evaluate(prepared, work, n, X[n], W[n], B)
+        primitives.running_cost(prepared, work, n, X[n], totals, 1, B)
+        primitives.step(prepared, work, n, X[n], W[n], Z[n], X[n + 1], totals, B)
+    finish(prepared, work, X[W.shape[0]], totals, B)

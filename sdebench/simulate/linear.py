@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from sdebench.simulate.noise import fill_start_normals
-from sdebench.simulate.tables import Array, LinearTables
+from sdebench.simulate.tables import Array, LinearTables, noise_mask
 from sdebench.simulate.tile import (
     PADDING,
     add_product,
@@ -54,6 +54,8 @@ class PreparedLinear(NamedTuple):
     reward_linear: Array  # (d,)
     reward_constant: Array  # (1,)
     start_mean: Array  # (d,)
+    noisy: Array  # (N,) 1 or 0
+    denoiser: Array  # (N or 0, 3)
 
 
 class LinearWork(NamedTuple):
@@ -121,6 +123,8 @@ def prepare_linear(tables: LinearTables, dtype: DTypeLike) -> PreparedLinear:
         cast(tables.reward_linear),
         cast(tables.reward_constant),
         cast(tables.start_mean),
+        cast(noise_mask(tables)),
+        cast(tables.denoiser),
     )
 
 

@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike
 
 from sdebench.simulate.elementary import log
 from sdebench.simulate.noise import fill_start_normals, fill_start_uniform
-from sdebench.simulate.tables import Array, MixtureTables
+from sdebench.simulate.tables import Array, MixtureTables, noise_mask
 from sdebench.simulate.tile import (
     PADDING,
     add_product,
@@ -70,6 +70,8 @@ class PreparedMixture(NamedTuple):
     start_cumulative: Array  # (Ks,)
     start_mean: Array  # (Ks, d)
     start_scale: Array  # (Ks, d)
+    noisy: Array  # (N,) 1 or 0
+    denoiser: Array  # (N or 0, 3)
 
 
 class ScoresWork(NamedTuple):
@@ -164,6 +166,8 @@ def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
         cast(tables.start_cumulative),
         cast(tables.start_mean),
         cast(tables.start_scale),
+        cast(noise_mask(tables)),
+        cast(tables.denoiser),
     )
 
 

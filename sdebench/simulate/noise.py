@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
@@ -284,6 +284,29 @@ def uniforms(
 
 
 # Public interface ---------------------------------------------------------------------
+
+
+class Noise(NamedTuple):
+    """All random numbers of a block of n paths, the path index last.
+
+    steps (N, d, n) and start (d, n) standard normals; uniforms (n,) in (0, 1).
+    """
+
+    steps: Array
+    start: Array
+    uniforms: Array
+
+
+def block_noise(
+    seed: int, replicate: int, first_path: int, n_paths: int, n_steps: int, dim: int
+) -> Noise:
+    """Return the noise that a simulation of these paths uses: see `normals`."""
+    address = seed, replicate, first_path, n_paths
+    return Noise(
+        normals(*address, 0, n_steps, dim).swapaxes(1, 2),
+        start_normals(*address, dim).T,
+        start_uniforms(*address),
+    )
 
 
 def split_seed(seed: int) -> tuple[int, int]:

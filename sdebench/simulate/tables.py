@@ -11,6 +11,12 @@ relative entropy of the transition), its likelihood ratio against the base chain
 exp(sum w_n . z_n + 1/2 |w_n|^2), and the score of the policy is
 sum (dw_n/dtheta)^T z_n.  For Euler-Maruyama w = sqrt(h) u.
 
+A step whose ``noisy`` is 0 has no noise, z_n = 0, while the control still acts:
+mixed ODE-SDE sampling.  An empty ``noisy`` stands for noise in every step.
+``denoiser`` holds (p, q, s) of the denoised prediction E[X_N | X_n = x] under the
+current control, p x + q base mean(x) + s w_n(x), and is empty where the process has
+no such closed form.
+
 All arrays are C-contiguous and float64; backends cast them.  N = n_steps, d = dim,
 P = n_params.
 """
@@ -19,6 +25,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -49,6 +56,8 @@ class LinearTables(NamedTuple):
     reward_constant: Array  # (1,)   r0
     start_mean: Array  # (d,)   m_0
     start_factor: Array  # (d, d) L_0; zero for a fixed start
+    noisy: Array = np.zeros(0)  # (N,) or empty
+    denoiser: Array = np.zeros((0, 3))  # (N, 3) or empty
 
 
 class MixtureTables(NamedTuple):
@@ -77,6 +86,23 @@ class MixtureTables(NamedTuple):
     start_cumulative: Array  # (Ks,)   cumulative weights, last entry 1
     start_mean: Array  # (Ks, d)
     start_scale: Array  # (Ks, d)
+    noisy: Array = np.zeros(0)  # (N,) or empty
+    denoiser: Array = np.zeros((0, 3))  # (N, 3) or empty
 
 
 Tables = LinearTables | MixtureTables
+
+
+def noise_mask(tables: Tables) -> Array:
+    """Return 1 for the steps with noise and 0 for the others, (N,)."""
+    n_steps = len(tables.offset)
+    return tables.noisy if len(tables.noisy) else np.ones(n_steps)
+
+
+def start_states(tables: Tables, normals: Array, uniforms: Array) -> Array:
+    """Return X_0 (d, n) from normals (d, n) and uniforms (n,) in (0, 1)."""
+    if isinstance(tables, LinearTables):
+        return tables.start_mean[:, None] + tables.start_factor @ normals
+    index = np.searchsorted(tables.start_cumulative, uniforms, side="right")
+    index = np.minimum(index, len(tables.start_cumulative) - 1)
+    return tables.start_mean[index].T + tables.start_scale[index].T * normals

@@ -14,15 +14,15 @@ from sdebench import registry
 from sdebench.errors import NumericalError
 from sdebench.estimator import Estimator
 from sdebench.measure.cell import ROUNDING, Judge, make_request
-from sdebench.measure.engine import count_evaluations
 from sdebench.measure.intervals import (
     bias_norm,
     rounding_tolerance,
 )
 from sdebench.measure.tails import tail_index, tail_size
+from sdebench.measure.workers import Settings, count_evaluations
 from sdebench.problem import POINTS, Problem
 from sdebench.simulate.tables import MixtureTables
-from sdebench.validate.sample import Sample, collect, settings_of
+from sdebench.validate.sample import Sample, collect
 from sdebench.validate.statistics import (
     credible,
     detectable_bias,
@@ -411,13 +411,13 @@ class CellTest:
         return 1e9 * seconds / (sample.n_paths * self.cell.n_steps)
 
     def _evaluations(self) -> dict[str, float]:
-        tables, settings = settings_of(
-            self.problem,
-            self.estimator.control,
-            self.request.theta,
-            self.request.times,
-            n_paths=2,
+        settings = Settings(
+            times=self.request.times,
+            theta=self.request.theta,
+            n_paths=GROUP,
             backend="torch",
             dtype=self.cell.dtype,
+            device="cpu",
+            seed=0,
         )
-        return count_evaluations(tables, self.estimator, settings)
+        return count_evaluations(self.problem, self.estimator, settings)

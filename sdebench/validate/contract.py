@@ -15,11 +15,11 @@ import torch
 
 from sdebench.errors import unknown
 from sdebench.estimator import Estimator
-from sdebench.measure.engine import NumbaWorker
+from sdebench.measure.workers import CONTROLS, NumbaWorker
 from sdebench.problem import ESTIMANDS, Problem
 from sdebench.simulate.noise import split_seed
 from sdebench.validate.report import FAILED, PASSED, SKIPPED, Check
-from sdebench.validate.sample import CONTROLS, collect, settings_of
+from sdebench.validate.sample import collect, settings_of
 from sdebench.view import NEEDS, Rollout, View
 
 N_PATHS, N_STEPS = 8, 6
@@ -50,7 +50,7 @@ def _view(
     times = problem.time_grid(N_STEPS)
     tables, settings = settings_of(
         problem,
-        estimator.control,
+        estimator,
         problem.theta("halfway"),
         times,
         n_paths=n_paths,
@@ -140,7 +140,7 @@ def _declarations(estimator: Estimator) -> str:
     for name, allowed in ALLOWED.items():
         given = getattr(estimator, name)
         for value in given if name == "needs" else [given]:
-            if value not in allowed:
+            if value not in allowed and not isinstance(value, float):
                 return str(unknown(name.replace("_", " "), str(value), allowed))
     log = estimator.reduction == "log_mean_exp"
     if log and estimator.estimand != "log_normalizer":
@@ -292,7 +292,7 @@ def _changed_input(
 ) -> str:
     """Return the name of an input that the kernel wrote into, or ""."""
     tables, settings = settings_of(
-        problem, estimator.control, theta, times, backend="numba", **options
+        problem, estimator, theta, times, backend="numba", **options
     )
     worker = NumbaWorker(tables, [estimator], settings)
     clean = NumbaWorker(tables, [], settings)

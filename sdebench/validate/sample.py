@@ -7,8 +7,8 @@ that compare paths are evaluated on groups of ``group`` of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,15 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from sdebench.estimator import Estimator
-from sdebench.measure.engine import NumbaWorker, Settings, TorchWorker
+from sdebench.measure.workers import (
+    Settings,
+    make_tables,
+    make_worker,
+    shared_paths,
+)
 from sdebench.problem import Problem
 
 Array = NDArray[np.float64]
-CONTROLS = ("theta", "none", "optimal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +57,15 @@ class Sample:
 
     def contributions(self, group: int) -> tuple[Array, int]:
         """Return independent samples (n, P) of the estimate, and the paths of each."""
-        if self.estimator.independent:
+        size = self.estimator.group_size(group)
+        if self.estimator.independent and size == 1:
             return self.rows.T, 1
         return self.values(group), group
 
 
 def settings_of(
     problem: Problem,
-    control: str,
+    estimator: Estimator,
     theta: Array,
     times: Array,
     *,
@@ -70,18 +75,18 @@ def settings_of(
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[Any, Settings]:
-    """Return the coefficient tables under a control, and the settings."""
-    found = {"theta": theta, "none": None, "optimal": problem.theta_star}[control]
+    """Return the coefficient tables that an estimator simulates, and the settings."""
     settings = Settings(
         times=times,
-        theta=found,
+        theta=theta,
         n_paths=n_paths,
         backend=backend,
         dtype=dtype,
         device=device,
         seed=seed,
     )
-    return problem.tables(found, times), settings
+    tables, _, used = make_tables(problem, estimator, settings)
+    return tables, replace(settings, theta=used)
 
 
 def collect(
@@ -99,13 +104,13 @@ def collect(
     options : n_paths, backend, dtype, device, seed as in `Settings`.
     """
     found: dict[int, Sample] = {}
-    for control in CONTROLS:
-        mine = [i for i, e in enumerate(estimators) if e.control == control]
-        if not mine:
-            continue
-        tables, settings = settings_of(problem, control, theta, times, **options)
-        kind = NumbaWorker if settings.backend == "numba" else TorchWorker
-        worker = kind(tables, [estimators[i] for i in mine], settings)
+    settings = Settings(theta=theta, times=times, **{"device": "cpu"} | options)
+    groups: dict[Hashable, list[int]] = {}
+    for i, estimator in enumerate(estimators):
+        key = shared_paths(estimator, len(times) - 1, settings.n_paths)
+        groups.setdefault(key, []).append(i)
+    for mine in groups.values():
+        worker = make_worker(problem, [estimators[i] for i in mine], settings)
         if settings.backend == "numba":  # compile or load outside the clock
             worker.block(0, 0, min(settings.n_paths, worker.size))
         parts: list[list[Array]] = [[] for _ in mine]
