@@ -28,8 +28,8 @@ from sdebench.report.site_text import linked, mathml
 from sdebench.simulate.paths import simulate
 from sdebench.view import NEEDS
 
-CLAIMS = "../results/claims"  # from this folder
-TEMPLATES = ("problems", "estimators", "claims", "command_line")
+RESULTS = "../results"  # from this folder
+TEMPLATES = ("problems", "estimators", "claims", "studies", "command_line")
 # "name, other : what it is", as all docstrings of this package write it.
 _ENTRY = re.compile(r"(\*{0,2}\w+(?:, \w+)*) : (.*)")
 NAPOLEON = Config(
@@ -51,10 +51,11 @@ def commands() -> dict[str, str]:
     }
 
 
-def claims() -> str:
-    """Return the page of the claims, its links made to lead where the files are."""
-    page = (Path(__file__).parent / CLAIMS / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"\]\((\w+\.\w+)\)", rf"]({CLAIMS}/\1)", page)
+def written(kind: str) -> str:
+    """Return the page of the claims or studies, with links that lead somewhere."""
+    folder = f"{RESULTS}/{kind}"
+    page = (Path(__file__).parent / folder / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\((\w+\.\w+)\)", rf"]({folder}/\1)", page)
 
 
 def fill_in(app: Sphinx, page: str, source: list[str]) -> None:
@@ -66,7 +67,8 @@ def fill_in(app: Sphinx, page: str, source: list[str]) -> None:
         problems=[registry.problem(name) for name in registry.problem_names()],
         estimators=[registry.estimator(name) for name in registry.estimator_names()],
         estimands=ESTIMANDS,
-        claims=claims(),
+        claims=written("claims"),
+        studies=written("studies"),
         commands=commands(),
     )
 

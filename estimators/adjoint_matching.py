@@ -1,4 +1,4 @@
-"""Adjoint matching: gradient of the matching loss with the lean adjoint.
+"""Adjoint matching: gradient of the matching loss with the lean or the full adjoint.
 
 The lean adjoint a ignores the control,
 
@@ -10,7 +10,13 @@ fixed:
     gradient = sum_n (dw_n/dtheta)^T (w_n + G_n^T a_{n+1}).
 
 It vanishes in mean at the optimal control; elsewhere it is not the gradient of the
-objective.
+objective.  Basic adjoint matching takes the full adjoint, which differentiates the
+control as well,
+
+    a_n = (d base mean_n/dx)^T a_{n+1} + (dw_n/dx)^T (w_n + G_n^T a_{n+1}) + grad f_n,
+
+and this is the costate of `pathwise`: the gradient of its loss is the pathwise gradient
+of J_N, path by path.
 
 References
 ----------
@@ -20,9 +26,11 @@ arXiv:2409.08861.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sdebench.errors import unknown
 from sdebench.estimator import Estimator
 from sdebench.simulate import primitives
 from sdebench.simulate.tile import clear, combine, path_kernel
@@ -35,7 +43,15 @@ if TYPE_CHECKING:
 
 @path_kernel
 def block_kernel(
-    prepared: Any, work: Any, X: Any, Z: Any, W: Any, totals: Any, B: int, OUT: Any
+    prepared: Any,
+    work: Any,
+    X: Any,
+    Z: Any,
+    W: Any,
+    totals: Any,
+    B: int,
+    full: bool,
+    OUT: Any,
 ) -> None:
     """Set OUT (P, B + PADDING) to the matching gradient of every stored path."""
     N = W.shape[0]
@@ -47,38 +63,75 @@ def block_kernel(
         primitives.refresh(prepared, work, n, X[n], B)
         primitives.noise_transpose(prepared, work, n, A, V, B)
         combine(1.0, V, 1.0, W[n], V, B)
-        primitives.control_parameter_vjp(prepared, work, n, X[n], V, OUT, 0, B)
-        primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
+        if full:
+            primitives.adjoint(prepared, work, n, X[n], A, V, NEXT, OUT, B)
+        else:
+            primitives.control_parameter_vjp(prepared, work, n, X[n], V, OUT, 0, B)
+            primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
         primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
         A, NEXT = NEXT, A
 
 
+ADJOINTS = {"lean": "matching_gradient", "full": "gradient"}
+"""Estimand of each adjoint."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdjointMatching(Estimator):
-    """Gradient of the adjoint-matching loss (lean adjoint), not of J."""
+    """Gradient of the adjoint-matching loss: lean adjoint, or full for that of J.
 
-    estimand: ClassVar[str] = "matching_gradient"
-    source: ClassVar[str] = "Domingo-Enrich et al. 2024, arXiv:2409.08861, eq. (37)"
+    Parameters
+    ----------
+    adjoint : "lean", whose gradient is not that of J, or "full", basic adjoint
+        matching, whose gradient equals the pathwise one.
+    """
+
+    source: ClassVar[str] = (
+        "Domingo-Enrich et al. 2024, arXiv:2409.08861, eq. (37); full: basic adjoint "
+        "matching, section 5"
+    )
     formula: ClassVar[str] = r"""\begin{aligned}
-a_N &= -\nabla r(X_N), \quad
-  a_n = \left( \frac{\partial \mu_n}{\partial x} \right)^\top a_{n+1}
+a_N &= -\nabla r(X_N), \quad v_n = w_n + G_n^\top a_{n+1} \\
+a_n &= \left( \frac{\partial \mu_n}{\partial x} \right)^\top a_{n+1}
+  + [\text{full}] \left( \frac{\partial w_n}{\partial x} \right)^\top v_n
   + \nabla f_n \\
-g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
-  \left( w_n + G_n^\top a_{n+1} \right)
+g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
 \end{aligned}"""
     unbiased: ClassVar[str] = (
-        "the gradient of the discretized adjoint-matching loss; it vanishes at the "
-        "optimum and differs from the gradient of J elsewhere"
+        "the gradient of the discretized adjoint-matching loss; with the lean adjoint "
+        "it vanishes at the optimum and differs from the gradient of J elsewhere, with "
+        "the full one it is the gradient of J_N"
     )
-    needs: ClassVar[frozenset[str]] = frozenset(
-        {
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"adjoint": "full"})
+    block_kernel = staticmethod(block_kernel)
+
+    adjoint: str = "lean"
+
+    def __post_init__(self) -> None:
+        if self.adjoint not in ADJOINTS:
+            raise unknown("adjoint", self.adjoint, ADJOINTS)
+
+    @property
+    def estimand(self) -> str:  # type: ignore[override]
+        return ADJOINTS[self.adjoint]
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        derivatives = {
             "drift_vjp",
             "control_parameter_vjp",
             "running_cost_gradient",
             "reward_gradient",
         }
-    )
-    block_kernel = staticmethod(block_kernel)
+        return frozenset(derivatives | ({"control_vjp"} if self._full else set()))
+
+    @property
+    def _full(self) -> bool:
+        return self.adjoint == "full"
+
+    @property
+    def kernel_options(self) -> tuple[int | float, ...]:
+        return (self._full,)
 
     def statistics(self, view: View) -> Tensor:
         paths = view.rollout()
@@ -89,4 +142,6 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
             residual = paths.controls[n] + view.noise_transpose(n, adjoint)
             gradient = gradient + view.control_parameter_vjp(n, x, residual)
             adjoint = view.base_vjp(n, x, adjoint) + view.running_cost_gradient(n, x)
+            if self._full:
+                adjoint = adjoint + view.control_vjp(n, x, residual)
         return gradient

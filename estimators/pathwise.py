@@ -1,4 +1,4 @@
-"""Pathwise derivative: discrete adjoint of the whole path (backpropagation).
+r"""Pathwise derivative: discrete adjoint of the whole path (backpropagation).
 
 For one path with cost J = sum_n (1/2 |w_n|^2 + f_n) - r(X_N) and fixed noise,
 
@@ -8,15 +8,32 @@ For one path with cost J = sum_n (1/2 |w_n|^2 + f_n) - r(X_N) and fixed noise,
     lambda_n = (d base mean_n/dx)^T lambda_{n+1} + (dw_n/dx)^T v_n + grad f_n,
 
 the exact derivative of the discretised path, whose mean is the exact gradient of the
-discretised objective.
+discretised objective.  Of the reward alone, w_n and f_n leave the costs.
+
+Sticking the landing adds the martingale sum w_n . z_n to the cost, so that the cost is
+the log-ratio of the path's density to the tilted one, and leaves out the score
+sum (dw_n/dtheta)^T z_n of the path, of mean zero.  What remains of the martingale is
+its derivative through the states,
+
+    lambda_n = ... + (dw_n/dx)^T (v_n + z_n) + ...,
+
+of mean zero too.  At the feedback u*_N that is optimal for an affine N-step chain it
+makes lambda_n = grad V_n(X_n) on every path, so that
+
+    gradient = sum_n (dw_n/dtheta)^T G_n^T P_{n+1} G_n z_n
+
+with the Hessian P of the value function V: zero up to O(h), a variance of O(h^2), and
+exactly zero where V is linear.  In continuous time it is zero at u*.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdebench.estimator import Estimator
+from sdebench.errors import ParameterError
+from sdebench.estimator import Estimator, estimand_of
 from sdebench.simulate import primitives
 from sdebench.simulate.tile import clear, combine, path_kernel
 
@@ -28,9 +45,21 @@ if TYPE_CHECKING:
 
 @path_kernel
 def block_kernel(
-    prepared: Any, work: Any, X: Any, Z: Any, W: Any, totals: Any, B: int, OUT: Any
+    prepared: Any,
+    work: Any,
+    X: Any,
+    Z: Any,
+    W: Any,
+    totals: Any,
+    B: int,
+    costs: float,
+    martingale: bool,
+    OUT: Any,
 ) -> None:
-    """Set OUT (P, B + PADDING) to the gradient of every path of a stored block."""
+    """Set OUT (P, B + PADDING) to the gradient of every path of a stored block.
+
+    ``costs`` : 1 with the costs w_n and f_n, 0 without.
+    """
     N = W.shape[0]
     A, V, NEXT = work.adjoint, work.direction, work.adjoint_next
     clear(OUT, B)
@@ -39,50 +68,96 @@ def block_kernel(
     for n in range(N - 1, -1, -1):
         primitives.refresh(prepared, work, n, X[n], B)
         primitives.noise_transpose(prepared, work, n, A, V, B)
-        combine(1.0, V, 1.0, W[n], V, B)
-        primitives.adjoint(prepared, work, n, X[n], A, V, NEXT, OUT, B)
-        primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
+        combine(1.0, V, costs, W[n], V, B)
+        if martingale:
+            primitives.control_parameter_vjp(prepared, work, n, X[n], V, OUT, 0, B)
+            primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
+            combine(1.0, V, 1.0, Z[n], V, B)
+            primitives.control_vjp(prepared, work, n, X[n], V, NEXT, B)
+        else:
+            primitives.adjoint(prepared, work, n, X[n], A, V, NEXT, OUT, B)
+        if costs > 0.0:
+            primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
         A, NEXT = NEXT, A
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pathwise(Estimator):
-    """Pathwise derivative of the whole discretized path (full adjoint)."""
+    """Pathwise derivative of the whole discretized path (full adjoint).
 
-    estimand: ClassVar[str] = "gradient"
+    Parameters
+    ----------
+    objective : "control" for J, "reward" for -E r(X_T).
+    sticking_the_landing : add the martingale sum w_n . z_n to the cost with its score
+        left out: the same mean, and in continuous time no variance at the optimum.
+    """
+
     source: ClassVar[str] = (
         "backpropagation through the simulation; discrete adjoint of Domingo-Enrich "
-        "et al. 2024, arXiv:2409.08861, section 5"
+        "et al. 2024, arXiv:2409.08861, section 5; sticking the landing: Roeder et al. "
+        "2017, arXiv:1703.09194, on path space Xu et al. 2022, arXiv:2102.06559"
     )
     formula: ClassVar[str] = r"""\begin{aligned}
 \lambda_N &= -\nabla r(X_N), \quad v_n = w_n + G_n^\top \lambda_{n+1} \\
 \lambda_n &= \left( \frac{\partial \mu_n}{\partial x} \right)^\top \lambda_{n+1}
-  + \left( \frac{\partial w_n}{\partial x} \right)^\top v_n + \nabla f_n \\
+  + \left( \frac{\partial w_n}{\partial x} \right)^\top \left( v_n
+  + [\text{landing}]\, z_n \right) + \nabla f_n \\
 g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
 \end{aligned}"""
-    unbiased: ClassVar[str] = "the gradient of the discretized objective J_N"
-    needs: ClassVar[frozenset[str]] = frozenset(
-        {
-            "drift_vjp",
-            "control_vjp",
-            "control_parameter_vjp",
-            "running_cost_gradient",
-            "reward_gradient",
-        }
+    unbiased: ClassVar[str] = (
+        "the gradient of the discretized objective, J_N or -E r(X_N), with or without "
+        "sticking the landing"
+    )
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {},
+        {"sticking_the_landing": True},
+        {"objective": "reward"},
     )
     block_kernel = staticmethod(block_kernel)
 
+    objective: str = "control"
+    sticking_the_landing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.estimand != "gradient" and self.sticking_the_landing:
+            raise ParameterError(
+                "sticking_the_landing needs objective control: without the control's "
+                "cost the martingale cancels nothing"
+            )
+
+    @property
+    def estimand(self) -> str:  # type: ignore[override]
+        return estimand_of(self.objective)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        derivatives = {
+            "drift_vjp",
+            "control_vjp",
+            "control_parameter_vjp",
+            "reward_gradient",
+        }
+        if self.objective == "control":
+            derivatives.add("running_cost_gradient")
+        return frozenset(derivatives)
+
+    @property
+    def kernel_options(self) -> tuple[int | float, ...]:
+        return float(self.objective == "control"), self.sticking_the_landing
+
     def statistics(self, view: View) -> Tensor:
-        paths = view.rollout()
+        paths, costs = view.rollout(), self.objective == "control"
         costate = -view.reward_gradient(paths.states[-1])
         gradient = costate.new_zeros(view.n_paths, view.n_params)
         for n in reversed(range(view.n_steps)):
             x = paths.states[n]
-            v = paths.controls[n] + view.noise_transpose(n, costate)
+            v = view.noise_transpose(n, costate)
+            if costs:
+                v = v + paths.controls[n]
             gradient = gradient + view.control_parameter_vjp(n, x, v)
-            costate = (
-                view.base_vjp(n, x, costate)
-                + view.control_vjp(n, x, v)
-                + view.running_cost_gradient(n, x)
-            )
+            if self.sticking_the_landing:
+                v = v + paths.noises[n]
+            costate = view.base_vjp(n, x, costate) + view.control_vjp(n, x, v)
+            if costs:
+                costate = costate + view.running_cost_gradient(n, x)
         return gradient

@@ -25,6 +25,7 @@ from sdebench.errors import (
 )
 
 if TYPE_CHECKING:
+    from sdebench.composite import CompositeEstimator, Runner
     from sdebench.estimator import Estimator
     from sdebench.measure import Measurement, measure, measure_group
     from sdebench.problem import Problem, Truth
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompositeEstimator",
     "Estimator",
     "Measurement",
     "NotApplicableError",
@@ -55,6 +57,7 @@ __all__ = [
     "ParameterError",
     "Problem",
     "ResultsError",
+    "Runner",
     "SDEBenchError",
     "Truth",
     "UnknownNameError",
@@ -76,6 +79,8 @@ __all__ = [
 
 # Where each public name lives; resolved on first use.
 _LAZY = {
+    "CompositeEstimator": "composite",
+    "Runner": "composite",
     "Estimator": "estimator",
     "Measurement": "measure",
     "Problem": "problem",

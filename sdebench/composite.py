@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from sdebench.view import View
 
 
+def some_paths(noise: Noise, first: int, count: int) -> Noise:
+    """Return the noise of ``count`` paths from path ``first`` on."""
+    part = slice(first, first + count)
+    return noise._replace(
+        steps=noise.steps[:, :, part],
+        start=noise.start[:, part],
+        uniforms=noise.uniforms[part],
+    )
+
+
 class Runner:
     """What a composite estimator may do with one block of paths.
 
@@ -60,15 +70,17 @@ class Runner:
         noise: Noise | None = None,
         theta: Array | None = None,
         times: Array | None = None,
+        first: int = 0,
     ) -> list[Array]:
         """Simulate the block and return each estimator's statistics (C, n_paths).
 
         Parameters
         ----------
         estimators : with the same control, so that they share the paths.
-        noise : default: the noise of the block.
+        noise : default: the noise of the block; of fewer paths to simulate those only.
         theta : (P,) default: the evaluation point.
         times : default: the time grid of the block.
+        first : the path of the block with which the noise begins.
         """
         raise NotImplementedError
 

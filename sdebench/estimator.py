@@ -14,7 +14,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,15 @@ def estimand_of(objective: str) -> str:
     return OBJECTIVES[objective]
 
 
+class Sizes(NamedTuple):
+    """The sizes of a simulated problem."""
+
+    n_paths: int
+    n_steps: int
+    dim: int
+    n_params: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimator(ABC):
     """An estimator; subclasses are frozen dataclasses of options.
@@ -58,7 +67,8 @@ class Estimator(ABC):
     reduction : "mean" of the statistics, or "log_mean_exp" of one row of log-weights.
     block_kernel : the numba kernel
         ``(prepared, work, X, Z, W, totals, B, *kernel_options, OUT)``, or None.  With
-        an `other_control`, its ``prepared, work`` come before ``kernel_options``.
+        an `other_control`, its ``prepared, work`` come before ``kernel_options``; so
+        do its `own_normals`.
     """
 
     estimand: ClassVar[str]
@@ -162,12 +172,35 @@ class Estimator(ABC):
         return 1
 
     @property
+    def own_normals(self) -> int:
+        """The number of normal vectors per path that it draws for itself.
+
+        In torch ``view.noise(n_steps + k)``; a kernel gets the same numbers, (count,
+        dim, >= B), right before ``kernel_options`` and may write into them.
+        """
+        return 0
+
+    @property
+    def needs_denoiser(self) -> bool:
+        """Whether it needs the tables' ``denoiser``."""
+        return False
+
+    @property
+    def needs_invertible_noise(self) -> bool:
+        """Whether it divides by the noise matrix of a step."""
+        return False
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """The backends that it runs on."""
         return ("torch",) if self.block_kernel is None else ("numba", "torch")
 
     def not_applicable(self, n_paths: int) -> str | None:
         """Return why the estimator cannot run with these settings, or None."""
+        return None
+
+    def not_applicable_to(self, sizes: Sizes) -> str | None:
+        """Return why the estimator cannot run on a problem of this size, or None."""
         return None
 
     # ---- derived ------------------------------------------------------------------

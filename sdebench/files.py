@@ -15,6 +15,10 @@ from sdebench.errors import SDEBenchError, unknown
 _SPEC = re.compile(r"(?P<path>.+?\.py)(?::(?P<cls>[A-Za-z_]\w*))?(?::(?P<rest>.+))?")
 
 
+_NAME_WITH_OPTIONS = re.compile(r"[\w-]+:[\w-]+=")
+"""Not a file, although the option's value may be one."""
+
+
 class FileSpec(NamedTuple):
     """A specification taken apart; ``class_name`` and ``parameters`` may be empty."""
 
@@ -26,7 +30,7 @@ class FileSpec(NamedTuple):
 def file_spec(spec: str) -> FileSpec | None:
     """Return the parts of a specification that names a file, or None for a name."""
     found = _SPEC.fullmatch(spec.strip())
-    if not found:
+    if not found or _NAME_WITH_OPTIONS.match(spec.strip()):
         return None
     name, rest = found["cls"] or "", found["rest"] or ""
     if name and not rest and "=" in spec.partition(".py:")[2]:

@@ -5,9 +5,10 @@ linear temporal profile, and a plain state feedback whose optimal coefficient is
 
     u_theta(x, t) = -(theta_0 + theta_1 s) sigma^T P(t) x          feedback
                     -(theta_2 + theta_3 s) sigma^T p(t)            offset
-                    - theta_4 x,         s = 2 (t / T) - 1         state
+                    - theta_4 R x,       s = 2 (t / T) - 1         state
 
-without the terms whose P or p vanishes.  At theta* = (1, 0, 1, 0, 0) it is u*.
+without the terms whose P or p vanishes; R projects onto the directions that sigma
+acts in, R = I for an invertible sigma.  At theta* = (1, 0, 1, 0, 0) it is u*.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.polynomial import chebyshev
@@ -32,6 +33,7 @@ from sdebench.problem import (
     EULER,
     Array,
     Problem,
+    Steps,
     Truth,
     as_states,
     as_time,
@@ -73,9 +75,17 @@ def _interpolate(values: Callable[[Array], Array], end: float) -> Callable[..., 
     return evaluate
 
 
+class Profile(NamedTuple):
+    """A control parameter: its name, its spatial map, and its power of s."""
+
+    name: str
+    spatial: int
+    power: int
+
+
 @dataclass(frozen=True, kw_only=True)
-class LinearProblem(Problem):
-    """A problem given by a `LinearQuadratic` model with constant coefficients."""
+class LinearDynamics(Problem):
+    """A problem with linear drift and a control that is affine in x and in theta."""
 
     @abstractmethod
     def build(self) -> LinearQuadratic:
@@ -86,13 +96,14 @@ class LinearProblem(Problem):
         """The exact algebra, built once."""
         return self.build()
 
-    def __post_init__(self) -> None:
-        # Build at once: a parameter out of range is refused where it is given.
-        self.model.riccati(0.0)
-
     @property
-    def problem_class(self) -> str:
-        return "linear–quadratic"
+    @abstractmethod
+    def profiles(self) -> tuple[Profile, ...]:
+        """The control parameters; each map has one of power 0."""
+
+    @abstractmethod
+    def spatial_map(self, name: str, t: Array) -> tuple[Array, Array]:
+        """Return the map (n, d, d) and (n, d) of the parameter of power 0 called so."""
 
     @property
     def dim(self) -> int:
@@ -101,10 +112,6 @@ class LinearProblem(Problem):
     @property
     def time_span(self) -> tuple[float, float]:
         return 0.0, self.model.horizon
-
-    @cached_property
-    def truth(self) -> LinearTruth:
-        return LinearTruth(self)
 
     def drift(self, x: Array, t: float) -> Array:
         as_time(t, self.time_span)
@@ -124,68 +131,31 @@ class LinearProblem(Problem):
         quadratic = np.einsum(
             "...i,ij,...j->...", states, model.reward_quadratic, states
         )
-        return -0.5 * quadratic + states @ model.reward_linear + model.reward_constant
+        value = -0.5 * quadratic + states @ model.reward_linear + model.reward_constant
+        return np.asarray(value - 0.25 * states**4 @ np.asarray(model.reward_quartic))
 
     # ---- control family -------------------------------------------------------------
-    @cached_property
-    def riccati(self) -> tuple[Callable[..., Array], Callable[..., Array]]:
-        """Interpolants of P(t) (..., d, d) and p(t) (..., d)."""
-        model = self.model
-        return (
-            _interpolate(lambda t: model.riccati_grid(t)[0], model.horizon),
-            _interpolate(lambda t: model.riccati_grid(t)[1], model.horizon),
-        )
-
-    @cached_property
-    def _profiles(self) -> tuple[tuple[str, int, int], ...]:
-        """(parameter name, spatial map, power of s) of every parameter."""
-        times = np.linspace(0.0, self.model.horizon, 17)
-        quadratic, linear, _ = self.model.riccati_grid(times)
-        profiles: list[tuple[str, int, int]] = []
-        n_maps = 0
-        for name, values in (("feedback", quadratic), ("offset", linear)):
-            if np.any(values):
-                profiles += [(name, n_maps, 0), (f"{name}_slope", n_maps, 1)]
-                n_maps += 1
-        return (*profiles, ("state", n_maps, 0))
-
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        return tuple(name for name, _, _ in self._profiles)
-
-    @property
-    def theta_star(self) -> Array:
-        return np.array(
-            [float(name in ("feedback", "offset")) for name in self.parameter_names]
-        )
+        return tuple(profile.name for profile in self.profiles)
 
     def basis(self, t: Array) -> Array:
         """Return the temporal coefficients (P, S, n) of the maps at times t (n,)."""
         s = 2.0 * np.asarray(t, float) / self.model.horizon - 1.0
-        n_maps = self._profiles[-1][1] + 1
+        n_maps = self.profiles[-1].spatial + 1
         values = np.zeros((self.n_params, n_maps, len(s)))
-        for index, (_, spatial, power) in enumerate(self._profiles):
+        for index, (_, spatial, power) in enumerate(self.profiles):
             values[index, spatial] = s**power
         return values
 
     def maps(self, t: Array) -> tuple[Array, Array]:
         """Return the spatial maps (S, n, d, d) and (S, n, d) at times t (n,)."""
-        dim, count = self.dim, len(t)
-        quadratic, linear = self.riccati
-        gains, biases = [], []
-        sigma_t = self.model.diffusion.T
-        for name, _, power in self._profiles:
-            if power:
-                continue
-            gain, bias = np.zeros((count, dim, dim)), np.zeros((count, dim))
-            if name == "feedback":
-                gain = -sigma_t @ quadratic(t)
-            elif name == "offset":
-                bias = -linear(t) @ sigma_t.T
-            else:
-                gain[:] = -np.eye(dim)
-            gains.append(gain)
-            biases.append(bias)
+        pairs = [
+            self.spatial_map(profile.name, t)
+            for profile in self.profiles
+            if profile.power == 0
+        ]
+        gains, biases = zip(*pairs, strict=True)
         return np.array(gains), np.array(biases)
 
     def feedback(self, t: Array) -> tuple[Array, Array]:
@@ -242,7 +212,77 @@ class LinearProblem(Problem):
             reward_constant=np.array([model.reward_constant]),
             start_mean=model.start_mean,
             start_factor=_factor(model.start_covariance),
+            reward_quartic=np.asarray(model.reward_quartic),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem(LinearDynamics):
+    """A problem given by a `LinearQuadratic` model with constant coefficients."""
+
+    def __post_init__(self) -> None:
+        # Build at once: a parameter out of range is refused where it is given.
+        self.model.riccati(0.0)
+
+    @property
+    def problem_class(self) -> str:
+        return "linear–quadratic"
+
+    @cached_property
+    def truth(self) -> LinearTruth:
+        return LinearTruth(self)
+
+    @cached_property
+    def riccati(self) -> tuple[Callable[..., Array], Callable[..., Array]]:
+        """Interpolants of P(t) (..., d, d) and p(t) (..., d)."""
+        model = self.model
+        return (
+            _interpolate(lambda t: model.riccati_grid(t)[0], model.horizon),
+            _interpolate(lambda t: model.riccati_grid(t)[1], model.horizon),
+        )
+
+    @cached_property
+    def profiles(self) -> tuple[Profile, ...]:
+        times = np.linspace(0.0, self.model.horizon, 17)
+        quadratic, linear, _ = self.model.riccati_grid(times)
+        profiles: list[Profile] = []
+        n_maps = 0
+        for name, values in (("feedback", quadratic), ("offset", linear)):
+            if np.any(values):
+                profiles += [
+                    Profile(name, n_maps, 0),
+                    Profile(f"{name}_slope", n_maps, 1),
+                ]
+                n_maps += 1
+        return (*profiles, Profile("state", n_maps, 0))
+
+    @property
+    def theta_star(self) -> Array:
+        return np.array(
+            [float(name in ("feedback", "offset")) for name in self.parameter_names]
+        )
+
+    def spatial_map(self, name: str, t: Array) -> tuple[Array, Array]:
+        dim, count = self.dim, len(t)
+        quadratic, linear = self.riccati
+        sigma_t = self.model.diffusion.T
+        gain, bias = np.zeros((count, dim, dim)), np.zeros((count, dim))
+        if name == "feedback":
+            gain = -sigma_t @ quadratic(t)
+        elif name == "offset":
+            bias = -linear(t) @ sigma_t.T
+        else:
+            gain[:] = -_row_projection(self.model.diffusion)
+        return gain, bias
+
+
+def _row_projection(sigma: Array) -> Array:
+    """Return the orthogonal projection onto the row space of sigma."""
+    _, values, rows = np.linalg.svd(sigma)
+    kept = values > 1e-12 * values[0]
+    if np.all(kept):
+        return np.eye(len(sigma))
+    return np.asarray(rows[kept].T @ rows[kept])
 
 
 def _factor(covariance: Array) -> Array:
@@ -285,7 +325,7 @@ def _step(
 class LinearTruth(Truth):
     """Exact answers of a `LinearProblem`."""
 
-    def __init__(self, problem: LinearProblem) -> None:
+    def __init__(self, problem: LinearDynamics) -> None:
         super().__init__(problem)
         self._model, self._feedback_at = problem.model, problem.feedback
         self._known: dict[float, tuple[Array, Array]] = {}
@@ -365,6 +405,19 @@ class LinearTruth(Truth):
 
     def _gradient(self, theta: Array) -> Array:
         return self._policy_objective(theta).gradient
+
+    def start_gradient(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> tuple[Array, Array]:
+        """Return the gradient of J in the law of X_0 = m_0 + L xi.
+
+        (d,) with respect to m_0, and (d, d) with respect to L, times L^T.
+        """
+        if n_steps is None:
+            law = self._law(self._problem.theta(theta))
+            return self._model.start_gradient(*law)[:2]
+        chain, (gain, bias, _, _) = self._discrete(theta, n_steps, scheme)
+        return chain.start_gradient(gain, bias)
 
     def _reward_only_objective(self, theta: Array) -> float:
         return self._policy_objective(theta, reward_only=True).objective

@@ -19,12 +19,15 @@ from sdebench.errors import ParameterError, SDEBenchError, unknown
 if TYPE_CHECKING:
     from sdebench.problem import Problem
 
-# The size of the quick suite: 40 s warm on two cores, three minutes cold.
+# The size of the quick suite: two minutes warm on two cores.
 QUICK_POINTS = ("halfway", "optimum")
 QUICK_PATHS = 256
-QUICK_REPLICATES = 256
+QUICK_REPLICATES = 128
 QUICK_TORCH_REPLICATES = 16  # 256 paths are few for torch: its overhead decides
 QUICK_LADDER = (0.25, 0.5, 1.0, 2.0)
+
+GRADIENT_POINTS = ("zero", "halfway", "optimum")
+GRADIENT_REPLICATES = 64
 
 FULL_POINTS = ("zero", "halfway", "optimum", "overshoot")
 FULL_PATHS = 1024
@@ -138,14 +141,16 @@ def _ladder(n_steps: int, factors: Sequence[float]) -> list[int]:
 
 
 def _quick(seed: int) -> Iterator[Cell]:
-    estimators = [spec for spec, _ in _entries("estimator")]
+    entries = list(_entries("estimator"))
+    every = [spec for spec, _ in entries]
+    defaults = [spec for spec, thing in entries if thing.label == thing.name]
     families: set[str] = set()
     for spec, problem in _entries("problem"):
         n_steps = problem.default_steps
         new_family = _family(problem) not in families
         families.add(_family(problem))
-        ladder = _ladder(n_steps, QUICK_LADDER) if new_family else []
-        for estimator in estimators:
+        ladder = _ladder(n_steps, QUICK_LADDER)
+        for estimator in every if new_family else defaults:
 
             def cell(
                 point: str, n_steps: int, _e: str = estimator, _p: str = spec, **o: str
@@ -155,9 +160,10 @@ def _quick(seed: int) -> Iterator[Cell]:
                 size = QUICK_PATHS, count
                 return Cell(_p, _e, point, n_steps, *size, seed=seed, **o)  # type: ignore[arg-type]
 
-            yield from (cell(point, n_steps) for point in QUICK_POINTS)
-            yield from (cell(QUICK_POINTS[0], n) for n in ladder)
-            if new_family:
+            points = QUICK_POINTS if estimator in defaults else QUICK_POINTS[:1]
+            yield from (cell(point, n_steps) for point in points)
+            if new_family and estimator in defaults:
+                yield from (cell(QUICK_POINTS[0], n) for n in ladder)
                 yield cell(QUICK_POINTS[0], n_steps, backend="torch")
                 yield cell(QUICK_POINTS[0], n_steps, dtype="float32")
 
@@ -180,7 +186,22 @@ def _full(seed: int) -> Iterator[Cell]:
                     yield Cell(spec, estimator, point, *size, backend, dtype, seed=seed)
 
 
-SUITES: dict[str, Callable[[int], Iterator[Cell]]] = {"quick": _quick, "full": _full}
+def _gradients(seed: int) -> Iterator[Cell]:
+    entries = list(_entries("estimator"))
+    gradients = [s for s, e in entries if e.estimand.endswith("gradient")]
+    for problem_spec, problem in _entries("problem"):
+        for point in GRADIENT_POINTS:
+            for estimator in gradients:
+                steps = problem.default_steps
+                size = QUICK_PATHS, GRADIENT_REPLICATES
+                yield Cell(problem_spec, estimator, point, steps, *size, seed=seed)
+
+
+SUITES: dict[str, Callable[[int], Iterator[Cell]]] = {
+    "quick": _quick,
+    "gradients": _gradients,
+    "full": _full,
+}
 
 
 def suite(name: str = "quick", seed: int = 0) -> list[Cell]:
@@ -188,8 +209,10 @@ def suite(name: str = "quick", seed: int = 0) -> list[Cell]:
 
     Parameters
     ----------
-    name : ``"quick"`` (every problem and estimator, in seconds) or ``"full"`` (all
-        points, step ladders, dtypes and backends).
+    name : ``"quick"`` (every problem and estimator, in seconds; all variants on one
+        problem of each family), ``"gradients"`` (every gradient estimator with all its
+        variants at the start, halfway and at the optimum) or ``"full"`` (all points,
+        step ladders, dtypes and backends).
     seed : seed of the noise, 0 … 2^64 - 1; common to all cells, so that estimators
         are compared on the same paths.
 

@@ -64,6 +64,9 @@ class Problem(ABC):
     formula : the process, the reward and the running cost in LaTeX, without dollars.
     hardness : one sentence, why it is hard.
     variants : parameter dictionaries that the suites run.
+    schemes : the time-stepping schemes that the tables know.
+    family_holds_optimum : whether theta_star gives u*; if not, theta_star is the
+        minimizer of J in the control family, and J(theta_star) > J(u*).
     """
 
     default_steps: ClassVar[int] = 50
@@ -71,6 +74,8 @@ class Problem(ABC):
     formula: ClassVar[str] = ""
     hardness: ClassVar[str] = ""
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    schemes: ClassVar[tuple[str, ...]] = SCHEMES
+    family_holds_optimum: ClassVar[bool] = True
 
     # ---- identity ---------------------------------------------------------------
     @property
@@ -119,7 +124,10 @@ class Problem(ABC):
     @property
     @abstractmethod
     def theta_star(self) -> Array:
-        """Parameters (P,) at which the control is optimal in continuous time."""
+        """Parameters (P,) at which the control is optimal in continuous time.
+
+        Where the family does not hold u*: those of its least objective.
+        """
 
     @abstractmethod
     def drift(self, x: Array, t: float) -> Array:
@@ -298,7 +306,13 @@ class Truth:
 
     A subclass gives the continuous answers (the methods with an underscore) and, where
     the discretized problem is linear-quadratic, its chain.
+
+    Class attributes
+    ----------------
+    precision : what every error bound at the point "halfway" stays below.
     """
+
+    precision: ClassVar[float] = 1e-9
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -433,9 +447,13 @@ class Truth:
         from sdebench.closed_form.affine_chain import PolicyChain
 
         problem, times = self._problem, self._problem.time_grid(n_steps)
-        chain, feedback = self._chain(problem.theta(theta), times, scheme, noisy)
         _, optimal = self._chain(problem.theta_star, times, scheme, noisy)
-        return PolicyChain(chain, *feedback, *optimal[:2])
+
+        def at(theta: Array) -> PolicyChain:
+            chain, feedback = self._chain(theta, times, scheme, noisy)
+            return PolicyChain(chain, *feedback, *optimal[:2], theta, at)
+
+        return at(problem.theta(theta))
 
     def matching_gradient(
         self, theta: Any, n_steps: Steps = None, scheme: str = EULER

@@ -54,7 +54,7 @@ def _class(kind: str, name: str) -> type:
 
 
 def only_subclass(module: ModuleType, base: type) -> type:
-    """Return the one subclass of ``base`` that a module of a catalogue defines.
+    """Return the one public subclass of ``base`` in a module of a catalogue.
 
     Raises
     ------
@@ -64,7 +64,9 @@ def only_subclass(module: ModuleType, base: type) -> type:
     found = [
         c
         for _, c in inspect.getmembers(module, inspect.isclass)
-        if issubclass(c, base) and c.__module__ == module.__name__
+        if issubclass(c, base)
+        and c.__module__ == module.__name__
+        and not c.__name__.startswith("_")
     ]
     if len(found) != 1:
         room, name = module.__name__.split(".")[-2:]
@@ -79,7 +81,8 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     """Split ``"name:dim=50,schedule=vp"`` into the name and its parameters.
 
     Hyphens in names are read as underscores; values are JSON where they parse as
-    JSON (numbers, true, lists) and plain words otherwise.
+    JSON (numbers, true, lists) and plain words otherwise.  Brackets hold a
+    specification as a value: ``"antithetic:estimator=[reinforce:baseline=none]"``.
     """
     name, _, rest = spec.partition(":")
     parameters: dict[str, Any] = {}
@@ -102,6 +105,8 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
             parsed = json.loads(value)
         except json.JSONDecodeError:
             parsed = value.strip()
+            if parsed.startswith("[") and parsed.endswith("]"):
+                parsed = parsed[1:-1]
         parameters[key.strip().replace("-", "_")] = parsed
     return name.strip().replace("-", "_"), parameters
 
@@ -173,7 +178,12 @@ def estimator(spec: str, **options: Any) -> Estimator:
 def label(name: str, values: dict[str, Any], defaults: dict[str, Any]) -> str:
     """Return ``name:key=value,…`` with the values that differ from the defaults."""
     changed = {k: v for k, v in values.items() if v != defaults.get(k)}
-    text = ",".join(
-        f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()
-    )
+    text = ",".join(f"{k}={_spell(v)}" for k, v in changed.items())
     return f"{name}:{text}" if text else name
+
+
+def _spell(value: Any) -> str:
+    """Return a value as `parse` reads it; specifications stand in brackets."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    return f"[{value}]" if ":" in value else value

@@ -20,7 +20,14 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from functools import cache
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -276,7 +283,17 @@ def choose(
     kind: str,
     patterns: str | Sequence[str] | None,
 ) -> list[Cell]:
-    """Return the cells whose problem or estimator matches one of the glob patterns.
+    """Return the cells whose problem or estimator matches: see `matching`."""
+    if patterns is None:
+        return list(cells)
+    chosen = matching(kind, {getattr(cell, kind) for cell in cells}, patterns)
+    return [cell for cell in cells if getattr(cell, kind) in chosen]
+
+
+def matching(
+    kind: str, specs: Collection[str], patterns: str | Sequence[str]
+) -> set[str]:
+    """Return the specifications that match one of the glob patterns.
 
     Hyphens may stand for underscores; a pattern is matched against the name and
     against the whole specification.
@@ -286,10 +303,7 @@ def choose(
     UnknownNameError
         For a pattern that matches nothing, with the nearest names.
     """
-    if patterns is None:
-        return list(cells)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    specs = {getattr(cell, kind) for cell in cells}
     chosen: set[str] = set()
     for pattern in patterns:
         glob = pattern.replace("-", "_")
@@ -302,7 +316,7 @@ def choose(
         if not found:
             raise unknown(kind, pattern, {s.partition(":")[0] for s in specs})
         chosen |= found
-    return [cell for cell in cells if getattr(cell, kind) in chosen]
+    return chosen
 
 
 @contextlib.contextmanager

@@ -124,10 +124,10 @@ class TiltingProblem(Problem):
         )
 
     def _denoiser(self, times: Array, scheme: str) -> Array:
-        """Return the denoised prediction's coefficients (N, 3), or (0, 3) if none."""
+        """Return `BaseProcess.denoiser` of every step (N, 5), or (0, 5) if none."""
         rows = [self.family.base.denoiser(s, t) for s, t in pairwise(times)]
         if scheme != EULER or rows[0] is None:
-            return np.zeros((0, 3))
+            return np.zeros((0, 5))
         return np.array(rows)
 
 
@@ -158,6 +158,7 @@ def affine_chain(
         start_mean=tables.start_mean[0],
         start_covariance=np.diag(tables.start_scale[0] ** 2),
         noisy=noise_mask(tables),
+        denoiser=tables.denoiser,
     )
     return chain, (
         (2.0 * gain * quad)[:, :, None] * eye,

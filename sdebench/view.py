@@ -98,7 +98,7 @@ class View:
     n_steps, n_paths, dim, n_params : sizes.
     theta : (n_params,) numpy array, the control parameters (None: no control).
     noisy : (n_steps,) 1 for the steps with noise, else 0.
-    denoiser : (n_steps, 3) or empty, see `sdebench.simulate.tables`.
+    denoiser : (n_steps, 5) or empty, see `sdebench.simulate.tables`.
     other : a view of the same noise under the estimator's `other_control`, or None.
     dtype, device : of every tensor.
     counts : evaluations so far, each in units of one path.

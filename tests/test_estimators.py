@@ -24,10 +24,17 @@ from scipy.stats import binom
 
 from sdebench import registry
 from sdebench.closed_form.affine_chain import AffineChain
+from sdebench.composite import CompositeEstimator
+from sdebench.grid_problem import GridProblem
 from sdebench.measure import measure, measure_group
-from sdebench.measure.engine import NumbaWorker, Settings, TorchWorker
+from sdebench.measure.cell import make_request, refusal
 from sdebench.measure.intervals import bias_test, t_quantile
 from sdebench.measure.order import fit_order
+from sdebench.measure.workers import (
+    Settings,
+    make_worker,
+    shared_paths,
+)
 from sdebench.simulate.noise import split_seed
 from sdebench.simulate.torch_family import TorchMixture, torch_family
 from sdebench.tilting_problem import TiltingProblem
@@ -93,6 +100,18 @@ def estimators():
     ]
 
 
+FULL = ("damped_oscillator", "gaussian_tilt", "two_modes", "cubic_costate")
+"""Problems on which all variants are tested; on the others only the defaults are."""
+
+
+def tested(chosen):
+    """The estimators that are tested on a problem."""
+    every = estimators()
+    if chosen.name in FULL and chosen.label == chosen.name:
+        return every
+    return [e for e in every if e.label == e.name]
+
+
 def theta_of(chosen, control, point="halfway"):
     return {
         "theta": chosen.theta(point),
@@ -123,13 +142,36 @@ def view_of(chosen, theta, times, n_paths=5, scheme="euler_maruyama", tables=Non
 
 
 # ---- 1. both backends path by path ------------------------------------------
-def statistics(kind, tables, chosen, settings):
+def shared_groups(chosen, times, n_paths, scheme="euler_maruyama"):
+    """Yield groups of estimators that share paths, each with its number of paths.
+
+    About ``n_paths``: a multiple of the group size, and one that is not refused.
+    """
+    groups: dict = {}
+    for estimator in tested(chosen):
+        unit = estimator.group_size(n_paths)
+        count = next(
+            n
+            for n in (n_paths, -(-n_paths // unit) * unit, 512)
+            # a regression on nearly as many features as paths loses every digit
+            if (n == 512 or unit < n_paths) and estimator.refusal(n, "torch") is None
+        )
+        request = make_request(chosen, n_steps=times, n_paths=count, scheme=scheme)
+        reason = refusal(request, estimator)
+        if reason is None and "numba" in estimator.backends:
+            key = shared_paths(estimator, len(times) - 1, count), count
+            groups.setdefault(key, []).append(estimator)
+    for (_, count), group in groups.items():
+        yield group, count
+
+
+def statistics(problem, group, settings):
     """Statistics (C, n_paths) of every estimator, whatever the blocks."""
-    worker = kind(tables, chosen, settings)
+    worker = make_worker(problem, group, settings)
     parts = []
     for first in range(0, settings.n_paths, worker.size):
         count = min(worker.size, settings.n_paths - first)
-        rows, _, _ = worker.block(3, first, count)
+        rows, _, _ = worker.block(3, first + ((len(settings.times) - 1) << 40), count)
         parts.append([np.array(r[:, :count], np.float64) for r in rows])
     return [np.concatenate(p, axis=1) for p in zip(*parts, strict=True)]
 
@@ -138,27 +180,38 @@ def statistics(kind, tables, chosen, settings):
 @pytest.mark.parametrize(("scheme", "steps"), GRIDS)
 @pytest.mark.parametrize("name", registry.problem_names())
 def test_both_backends_agree_path_by_path(name, scheme, steps, dtype):
-    """Same noise, 300 paths: neither a multiple of a block nor of a vector."""
+    """Same noise, 300 paths: neither a multiple of a block nor of a vector.
+
+    Composite estimators subtract nearly equal costs, and those that couple paths
+    solve linear systems: they may lose more digits.
+    """
     chosen = problem(name)
+    if scheme not in chosen.schemes:
+        pytest.skip(f"{name} has no scheme {scheme}")
     times = grid(chosen, steps)
-    limit = 1e-11 if dtype == "float64" else 1e-4
-    for control in ("theta", "none", "optimal"):
-        group = [e for e in estimators() if e.control == control]
-        theta = theta_of(chosen, control)
-        tables = chosen.tables(theta, times, scheme)
-        settings = Settings(
-            times=times,
-            theta=theta,
-            n_paths=300,
-            backend="numba",
-            dtype=dtype,
-            device="cpu",
-            seed=5,
-        )
-        ours = statistics(NumbaWorker, tables, group, settings)
-        theirs = statistics(TorchWorker, tables, group, settings)
+    settings = Settings(
+        times=times,
+        theta=chosen.theta("halfway"),
+        n_paths=300,
+        backend="numba",
+        dtype=dtype,
+        device="cpu",
+        seed=5,
+        scheme=scheme,
+    )
+    for group, n_paths in shared_groups(chosen, times, 300, scheme):
+        single = dataclasses.replace(settings, n_paths=n_paths)
+        ours = statistics(chosen, group, single)
+        theirs = statistics(chosen, group, dataclasses.replace(single, backend="torch"))
         for estimator, a, b in zip(group, ours, theirs, strict=True):
-            assert a.shape == (estimator.n_statistics(chosen.n_params), 300)
+            coupled = estimator.group_size(n_paths) > 1
+            lossy = coupled or isinstance(estimator, CompositeEstimator)
+            if lossy and dtype == "float32":
+                continue
+            limit = {"float64": 1e-11, "float32": 1e-4}[dtype]
+            if lossy:
+                limit = 1e-7
+            assert a.shape == (estimator.n_statistics(chosen.n_params), n_paths)
             scale = np.max(np.abs(b), axis=1, keepdims=True)
             assert np.all(np.isfinite(b))
             assert np.all(np.abs(a - b) <= limit * scale), estimator.label
@@ -249,6 +302,8 @@ def test_parameter_product_of_mixtures_matches_automatic_differentiation(name):
 def test_pathwise_is_the_derivative_of_the_simulated_cost(name, scheme):
     """Fourth-order difference quotient in theta of each path's cost, same noise."""
     chosen = small(name)
+    if scheme not in chosen.schemes:
+        pytest.skip(f"{name} has no scheme {scheme}")
     times = grid(chosen, 1.5)
     theta = 0.5 * chosen.theta("optimum") + 0.05
     mine = registry.estimator("pathwise").statistics(
@@ -340,7 +395,9 @@ def test_log_weights_are_density_ratios(name):
     total = view.reward(paths.states[-1])
     for n, (x, y) in enumerate(zip(paths.states, paths.states[1:], strict=False)):
         step = view.apply_noise(n, torch.eye(chosen.dim, dtype=torch.float64)).T
-        noise = torch.linalg.solve(step, (y - view.base_mean(n, x)).T).T
+        # by least squares: noise may act on some coordinates only
+        gap = (y - view.base_mean(n, x)).T
+        noise = torch.linalg.lstsq(step, gap, driver="gelsd").solution.T
         own = noise - view.control(n, x)
         total = total - view.running_cost(n, x)
         total = total - 0.5 * (noise * noise).sum(1) + 0.5 * (own * own).sum(1)
@@ -349,7 +406,17 @@ def test_log_weights_are_density_ratios(name):
 
 # ---- 4. unbiased, with power ------------------------------------------------
 N_STEPS, N_PATHS, N_REPLICATES = 6, 2048, 64
-TESTS = len(exact_specs()) * len(POINTS) * len(estimators())
+OWN = ("pathwise", "reinforce", "adjoint_matching")
+"""Estimators whose power is tested here; they share half of the false-alarm rate."""
+
+
+def level_of(estimator):
+    """The false-alarm rate of one p-value of an estimator."""
+    own = [e for e in estimators() if e.name in OWN]
+    count = len(own) if estimator.name in OWN else len(estimators()) - len(own)
+    return 0.5 * FALSE_ALARM / (len(exact_specs()) * len(POINTS) * count)
+
+
 MARGIN = 3.0
 """Standard errors beyond the threshold: a mutant passes with probability 0.0013."""
 
@@ -368,16 +435,21 @@ def control_cost_gradient(chosen, point):
 
 
 def wrong_biases(chosen, estimator, point):
-    """Exact biases of a missing 1/2 and of the other adjoint, by name."""
+    """Exact biases of a missing 1/2 and of the other adjoint, by name.
+
+    Of the estimators whose own tests are in this file; the others have theirs.
+    """
+    if estimator.name not in OWN or isinstance(chosen, GridProblem):
+        return {}
     truth = chosen.truth
     full = truth.gradient(point, N_STEPS)
     lean = truth.matching_gradient(point, N_STEPS)
-    if estimator.name == "adjoint_matching":
+    if estimator.estimand == "matching_gradient":
         return {"full for lean": full - lean}
-    if estimator.estimand == "log_normalizer":
+    if estimator.estimand != "gradient":
         return {}
     biases = {"missing half": control_cost_gradient(chosen, point)}
-    if estimator.name == "pathwise":
+    if estimator.name != "reinforce":
         biases["lean for full"] = lean - full
     return biases
 
@@ -398,7 +470,7 @@ def p_value_own(row):
 def test_unbiased_for_the_stated_estimand(spec):
     """Exact N-step answers; a missing 1/2 or the wrong adjoint would show."""
     chosen = small(spec)
-    group = [e for e in estimators() if e.options.get("baseline") != "mean"]
+    group = [e for e in unbiased_estimators() if e in tested(problem(spec))]
     if "ou_quadratic_hard" in spec:
         # Without control the weights have no variance there; the verdict says so.
         group = [e for e in group if e.options.get("proposal", "optimal") == "optimal"]
@@ -415,14 +487,19 @@ def test_unbiased_for_the_stated_estimand(spec):
         )
         for estimator, measurement in zip(group, rows, strict=True):
             row = measurement.row
-            assert row["status"] == "ok"
+            if row["status"] == "not applicable":
+                continue
+            assert row["status"] == "ok", row["reason"]
+            if row["target"] is None:
+                assert estimator.has_target
+                continue
             where = f"{estimator.label} at {point}"
-            assert p_value_own(row) > FALSE_ALARM / TESTS, where
+            assert p_value_own(row) > level_of(estimator), where
             error = np.array(row["std_error"])
             if row["estimand"] == "log_normalizer":
                 assert error[0] < 0.05, where  # a missing 1/2 costs J's control part
                 continue
-            level = 1.0 - FALSE_ALARM / TESTS
+            level = 1.0 - level_of(estimator)
             needed = t_quantile(level, N_REPLICATES - 1, len(error)) + MARGIN
             for wrong, bias in wrong_biases(chosen, estimator, point).items():
                 size = np.max(np.abs(bias))
@@ -434,6 +511,12 @@ def test_unbiased_for_the_stated_estimand(spec):
                 seen[key] = max(seen.get(key, 0.0), float(np.max(ratio)) / needed)
     for key, power in seen.items():
         assert power > 1.0, f"{key} would not be noticed"
+
+
+def unbiased_estimators():
+    """The estimators that own up to no bias against what they claim."""
+    found = [e for e in estimators() if e.declared_bias == "none"]
+    return [e for e in found if "numba" in e.backends]
 
 
 def test_every_estimator_meets_a_wrong_bias_that_it_would_show():
@@ -452,7 +535,7 @@ def test_every_estimator_meets_a_wrong_bias_that_it_would_show():
 @pytest.mark.parametrize("spec", ["damped_oscillator", "gaussian_tilt"])
 def test_unbiased_on_a_grid_that_is_not_uniform(spec):
     chosen = small(spec)
-    group = [e for e in estimators() if e.options.get("baseline") != "mean"]
+    group = unbiased_estimators()
     rows = measure_group(
         chosen,
         group,
@@ -464,6 +547,8 @@ def test_unbiased_on_a_grid_that_is_not_uniform(spec):
     )
     for measurement in rows:
         row = measurement.row
+        if row["status"] == "not applicable":
+            continue
         assert p_value_own(row) > FALSE_ALARM / (2 * len(group)), row["estimator_label"]
 
 
@@ -479,10 +564,13 @@ def test_unbiased_with_the_exponential_scheme():
     )
     answers = {
         "gradient": chain.gradient(tables.gain, tables.bias, *slopes),
+        "reward_only_gradient": chain.gradient(
+            tables.gain, tables.bias, *slopes, reward_only=True
+        ),
         "matching_gradient": chain.matching_gradient(tables.gain, tables.bias, *slopes),
         "log_normalizer": np.array([chain.log_normalizer()]),
     }
-    group = [e for e in estimators() if e.options.get("baseline") != "mean"]
+    group = unbiased_estimators()
     rows = measure_group(
         chosen,
         group,
@@ -493,8 +581,10 @@ def test_unbiased_with_the_exponential_scheme():
         n_replicates=N_REPLICATES,
         seed=22,
     )
-    for measurement in rows:
+    for estimator, measurement in zip(group, rows, strict=True):
         row = dict(measurement.row)
+        if row["status"] == "not applicable":
+            continue
         exact = answers[row["estimand"]]
         np.testing.assert_allclose(row["truth_discrete"], exact, rtol=1e-12)
         variance = np.square(row["std_error"]) * row["n_replicates"]
@@ -505,7 +595,7 @@ def test_unbiased_with_the_exponential_scheme():
         )
         test = bias_test(
             row["mean"],
-            answers[row["estimand"]],
+            row["target"] if estimator.has_target else exact,
             variance,
             row["n_replicates"],
             allowed,
@@ -595,7 +685,7 @@ def test_pathwise_and_reinforce_agree_on_mixtures(spec):
             device="cpu",
             seed=41,
         )
-        worker = NumbaWorker(chosen.tables(theta, times), group, settings)
+        worker = make_worker(chosen, group, settings)
         values = np.empty((2, count, chosen.n_params))
         for replicate in range(count):
             rows, _, _ = worker.block(replicate, 0, paths)
@@ -678,9 +768,9 @@ def test_adjoint_matching_has_no_variance_for_linear_rewards(spec, point):
         seed=61,
     )
     group = [registry.estimator("adjoint_matching"), registry.estimator("pathwise")]
-    tables = chosen.tables(theta, times)
-    for kind in (NumbaWorker, TorchWorker):
-        for rows in statistics(kind, tables, group, settings):
+    for backend in ("numba", "torch"):
+        both = dataclasses.replace(settings, backend=backend)
+        for rows in statistics(chosen, group, both):
             answer = chosen.truth.matching_gradient(point, 8)
             scale = np.max(np.abs(chosen.truth.gradient("zero", 8)))
             np.testing.assert_allclose(
@@ -732,10 +822,11 @@ def test_weights_under_the_optimal_control_are_constant(spec, steps):
         seed=62,
     )
     group = [registry.estimator("path_importance_sampling", proposal="optimal")]
-    tables = chosen.tables(chosen.theta_star, times)
     exact = 0.5 * chosen.dim * chosen.slope**2
-    for kind in (NumbaWorker, TorchWorker):
-        (rows,) = statistics(kind, tables, group, settings)
+    for backend in ("numba", "torch"):
+        (rows,) = statistics(
+            chosen, group, dataclasses.replace(settings, backend=backend)
+        )
         np.testing.assert_allclose(rows, exact, rtol=1e-12)
     row = measure(chosen, group[0], n_steps=steps).row
     assert row["variance"] <= 1e-24 * exact**2

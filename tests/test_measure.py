@@ -21,7 +21,7 @@ from sdebench.errors import (
     UnknownNameError,
 )
 from sdebench.estimator import Estimator
-from sdebench.measure import engine, measure, measure_group
+from sdebench.measure import engine, measure, measure_group, workers
 from sdebench.measure.memory import PeakMemory
 from sdebench.problem import Problem
 
@@ -88,7 +88,7 @@ def test_adding_replicates_in_portions_changes_no_bit():
     group = [registry.estimator("pathwise"), registry.estimator("reinforce")]
     times = problem.time_grid(4)
     theta = problem.theta("halfway")
-    settings = engine.Settings(
+    settings = workers.Settings(
         times=times,
         theta=theta,
         n_paths=40,
@@ -99,8 +99,7 @@ def test_adding_replicates_in_portions_changes_no_bit():
     )
 
     def moments(*portions):
-        tables = problem.tables(theta, times)
-        simulation = engine.Simulation(tables, group, settings, problem.n_params)
+        simulation = engine.Simulation(problem, group, settings)
         for portion in portions:
             simulation.run(portion, 1 + portion % 2)
         return [a.values.finalize() for a in simulation.accumulators]
@@ -125,7 +124,7 @@ def test_replicates_and_paths_have_their_own_noise():
     problem = registry.problem("brownian_linear")
     times = problem.time_grid(3)
     theta = problem.theta("zero")
-    settings = engine.Settings(
+    settings = workers.Settings(
         times=times,
         theta=theta,
         n_paths=512,
@@ -135,7 +134,7 @@ def test_replicates_and_paths_have_their_own_noise():
         seed=3,
     )
     group = [registry.estimator("pathwise")]
-    worker = engine.NumbaWorker(problem.tables(theta, times), group, settings)
+    worker = workers.NumbaWorker(problem.tables(theta, times), group, settings)
     blocks = [
         worker.block(replicate, first, 256)[0][0][:, :256].copy()
         for replicate in (0, 1)
@@ -157,9 +156,9 @@ def test_the_size_of_blocks_changes_rounding_only(monkeypatch, backend):
     group = every_estimator()
     whole = measure_group("two_modes", group, **settings)
     if backend == "numba":
-        monkeypatch.setattr(engine, "BLOCK", 64)
+        monkeypatch.setattr(workers, "BLOCK", 64)
     else:
-        monkeypatch.setattr(engine, "TORCH_ELEMENTS", 256)
+        monkeypatch.setattr(workers, "TORCH_ELEMENTS", 256)
     parts = measure_group("two_modes", group, **settings)
     for a, b in zip(whole, parts, strict=True):
         # Not the tail index: it is centered at the median of the first block.

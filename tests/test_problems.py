@@ -20,6 +20,7 @@ from sdebench.errors import (
     ParameterError,
     UnknownNameError,
 )
+from sdebench.grid_problem import GridProblem
 from sdebench.linear_problem import LinearProblem
 from sdebench.problem import ESTIMANDS
 from sdebench.tilting_problem import TiltingProblem, TiltingTruth
@@ -61,6 +62,8 @@ def test_second_route(problem):
         checks.check_linear_by_ode(problem)
     elif checks.grid_dim(problem):
         checks.check_tilting_quadrature(problem)
+    elif isinstance(problem, GridProblem):
+        pytest.skip("the reference is a second route itself: see test_grid_chain")
     else:
         pytest.skip("h is fixed by its equation and end condition, and Monte Carlo")
 
@@ -78,12 +81,15 @@ def test_feynman_kac(problem, importance):
         pytest.skip(str(reason))
 
 
-@every_problem
+holds_optimum = problems_with(lambda problem: problem.family_holds_optimum)
+
+
+@holds_optimum
 def test_law_under_the_optimal_control(problem):
     checks.check_optimal_law(problem)
 
 
-@every_problem
+@holds_optimum
 def test_log_weights_shrink_at_the_known_order(problem):
     checks.check_log_weights(problem)
 
@@ -95,7 +101,10 @@ def test_log_weights_shrink_at_the_known_order(problem):
 @pytest.mark.parametrize("point", ["halfway", "random"])
 def test_gradient_against_differences(problem, point):
     problem = checks.reduced(problem)
-    checks.check_gradient(problem, checks.thetas(problem)[point])
+    theta = checks.thetas(problem)[point]
+    # An answer of a reference solution takes seconds.
+    directions = 1 if isinstance(problem, GridProblem) else None
+    checks.check_gradient(problem, theta, directions=directions)
 
 
 @pytest.mark.slow
@@ -133,7 +142,7 @@ def test_gradients_vanish_at_the_optimum(problem):
     checks.check_stationary(checks.reduced(problem))
 
 
-@problems_with(checks.has_chain)
+@problems_with(lambda p: checks.has_chain(p) and p.family_holds_optimum)
 def test_discrete_optimum_is_stationary_and_cheapest(problem):
     """J_N(theta) - J_N* >= 0, and control_error(theta, N) is a distance from u*_N."""
     truth = problem.truth
@@ -192,7 +201,8 @@ def test_answers_have_the_right_shape(problem):
     assert problem.truth.answer("gradient", "halfway") is not None
     assert problem.truth.answer("log_normalizer", "halfway") is not None
     for quantity in ("gradient", "objective", "log_normalizer", "control_error"):
-        assert 0.0 <= problem.truth.error_bound(quantity, "halfway") < 1e-9
+        bound = problem.truth.error_bound(quantity, "halfway")
+        assert 0.0 <= bound < problem.truth.precision
     gap = problem.truth.optimal_cost() + problem.truth.log_normalizer()
     assert gap >= -1e-12  # Jensen's inequality over the start
     regret = problem.truth.objective("halfway") - problem.truth.optimal_cost()

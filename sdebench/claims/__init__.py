@@ -7,12 +7,7 @@ file is all it takes.  Files that start with an underscore are the frame.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING
-
-from sdebench.errors import unknown
-from sdebench.registry import only_subclass
 
 if TYPE_CHECKING:
     from sdebench.claims._claim import Claim
@@ -20,8 +15,9 @@ if TYPE_CHECKING:
 
 def claim_names() -> list[str]:
     """Return the names of all claims, sorted, without importing them."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if not name.startswith("_"))
+    from sdebench.experiments import names_in
+
+    return names_in(__name__)
 
 
 def claim(name: str) -> Claim:
@@ -33,10 +29,7 @@ def claim(name: str) -> Claim:
         For an unknown claim; names the nearest ones.
     """
     from sdebench.claims._claim import Claim
+    from sdebench.experiments import build
 
-    stem, names = name.replace("-", "_"), claim_names()
-    if stem not in names:
-        raise unknown("claim", name, names)
-    module = importlib.import_module(f"{__name__}.{stem}")
-    built: Claim = only_subclass(module, Claim)()
+    built: Claim = build(__name__, "claim", name, Claim)
     return built

@@ -35,16 +35,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pandas as pd
 
-from sdebench.claims._claim import (
-    JOINTLY,
-    Check,
-    Claim,
-    Progress,
-    columns,
-    interval_of,
-    records,
-)
-from sdebench.claims._measuring import (
+from sdebench.claims._claim import JOINTLY, Check, Claim
+from sdebench.experiments.experiment import Progress, columns, interval_of, records
+from sdebench.experiments.measuring import (
     distance,
     exact_chain_problems,
     gradient_scale,
@@ -220,7 +213,7 @@ class DiscreteOptimum(Claim):
         return pd.DataFrame(rows)
 
     def figure(self, evidence: pd.DataFrame) -> Figure:
-        from sdebench.claims._drawing import (
+        from sdebench.experiments.drawing import (
             add_legend,
             draw_ladder,
             draw_slope,

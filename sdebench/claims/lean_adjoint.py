@@ -33,16 +33,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from sdebench.claims._claim import (
-    JOINTLY,
-    Check,
-    Claim,
-    Progress,
-    columns,
-    interval_of,
-    records,
-)
-from sdebench.claims._measuring import (
+from sdebench.claims._claim import JOINTLY, Check, Claim
+from sdebench.experiments.experiment import Progress, columns, interval_of, records
+from sdebench.experiments.measuring import (
     Array,
     distance,
     exact_chain_problems,
@@ -238,7 +231,7 @@ class LeanAdjoint(Claim):
         )
 
     def figure(self, evidence: pd.DataFrame) -> Figure:
-        from sdebench.claims._drawing import (
+        from sdebench.experiments.drawing import (
             add_legend,
             draw_ladder,
             draw_slope,
@@ -315,7 +308,7 @@ def _draw_points(
     axes: Axes, rows: pd.DataFrame, looks: dict[str, dict[str, Any]]
 ) -> None:
     """Draw simulated differences by evaluation point; an arrow reaches zero."""
-    from sdebench.claims._drawing import plain_ticks
+    from sdebench.experiments.drawing import plain_ticks
 
     floor = 0.05
     axes.set_yscale("log")

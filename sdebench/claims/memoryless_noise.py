@@ -39,17 +39,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sdebench import registry
-from sdebench.claims._claim import (
-    JOINTLY,
+from sdebench.claims._claim import JOINTLY, Check, Claim
+from sdebench.experiments.experiment import (
     LEVEL,
-    Check,
-    Claim,
     Progress,
     columns,
     interval_of,
     records,
 )
-from sdebench.claims._measuring import n_threads
+from sdebench.experiments.measuring import n_threads
 from sdebench.measure.intervals import Interval, t_quantile
 from sdebench.problem import Problem
 from sdebench.report.format import interval, plain

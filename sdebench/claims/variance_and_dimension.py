@@ -46,18 +46,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sdebench.claims._claim import (
-    JOINTLY,
+from sdebench.claims._claim import JOINTLY, Check, Claim
+from sdebench.experiments.experiment import (
     LEVEL,
-    Check,
-    Claim,
     Progress,
     columns,
     interval_of,
     records,
     signed,
 )
-from sdebench.claims._measuring import sample
+from sdebench.experiments.measuring import sample
 from sdebench.linear_problem import LinearProblem
 from sdebench.measure.intervals import Interval, variance_interval
 from sdebench.problem import Problem

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from sdebench.cli import catalogue, claims, measuring, results, validation
+from sdebench.cli import catalogue, claims, measuring, results, studies, validation
 from sdebench.cli.options import debug
 from sdebench.errors import SDEBenchError
 
@@ -34,7 +34,7 @@ def cli() -> None:
     """  # noqa: D301 (click reads the backspace)
 
 
-for _module in (catalogue, claims, measuring, results, validation):
+for _module in (catalogue, claims, studies, measuring, results, validation):
     for _command in vars(_module).values():
         if isinstance(_command, click.Command):
             cli.add_command(_command)

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdebench.cli.options import SEED, debug
-from sdebench.console import print_json, print_rows
+from sdebench.cli.experiments import folder_option, json_option, run_all, seed_option
+from sdebench.cli.options import debug
+from sdebench.console import print_rows
 
 if TYPE_CHECKING:
-    from sdebench.claims._claim import Claim, Progress
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Progress]:
-    """Show how far a claim is, on standard error and only on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    from sdebench.claims._claim import Claim
 
 
 def _print_list(chosen: list[Claim], as_json: bool) -> None:
@@ -43,16 +30,10 @@ def _print_outcome(record: dict[str, Any]) -> None:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("results/claims"),
-    show_default=True,
-    help="Where page, figures and numbers go.",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
+@folder_option("results/claims")
+@seed_option
 @click.option("--list", "only_list", is_flag=True, help="List the claims, run nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the outcomes as JSON.")
+@json_option
 @debug
 def claims(
     names: tuple[str, ...], folder: Path, seed: int, only_list: bool, as_json: bool
@@ -71,24 +52,5 @@ def claims(
         return 0
     from sdebench.claims._page import run, write_page
 
-    records: list[dict[str, Any]] = []
-    failed = 0
-    for one in chosen:
-        click.echo(f"running {one.name}", err=True)
-        try:
-            with _progress(one.name) as progress:
-                outcome = run(one, folder, seed, progress)
-        except Exception as error:  # the other claims still run
-            failed += 1
-            reason = f"{type(error).__name__}: {error}"
-            click.echo(f"failed: {one.name}: {reason}", err=True)
-            records.append({"name": one.name, "error": reason})
-            continue
-        records.append(outcome.record | {"figure": str(outcome.figure)})
-        if not as_json:
-            _print_outcome(records[-1])
-    if failed < len(chosen):
-        click.echo(str(write_page(folder)), err=True)
-    if as_json:
-        print_json(records)
-    return int(failed > 0)
+    show = None if as_json else _print_outcome
+    return run_all(chosen, run, write_page, folder, seed, show)

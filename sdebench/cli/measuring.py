@@ -154,7 +154,7 @@ def run(
     quiet: bool,
     format: str | None,
 ) -> None:
-    """Run SUITE (quick or full), resuming what is there; print table and figures."""
+    """Run SUITE (quick, gradients or full), resuming; print table and figures."""
     # The workers get the same; here it counts for --jobs 1, before numpy is loaded.
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")

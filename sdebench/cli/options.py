@@ -35,6 +35,18 @@ HEADLINE = click.option(
     is_flag=True,
     help="Only the cells with every setting at its default, at halfway.",
 )
+
+
+def filters(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--problem``, ``--estimator`` and ``--point``, which choose rows."""
+    for kind in ("point", "estimator", "problem"):
+        option = click.option(
+            f"--{kind}", multiple=True, metavar="GLOB", help=f"Only these {kind}s."
+        )
+        command = option(command)
+    return command
+
+
 POINT = Vector(names=True)
 PERCENT = Scaled("PERCENT", {"%": 0.01})
 DURATION = Scaled("DURATION", {"s": 1.0, "m": 60.0, "h": 3600.0})

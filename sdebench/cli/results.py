@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdebench.cli.options import FORMATS, HEADLINE, debug, output
+from sdebench.cli.options import FORMATS, HEADLINE, debug, filters, output
 from sdebench.console import print_json, write_text
 from sdebench.errors import ParameterError
 
@@ -45,19 +45,39 @@ def shorten(frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...] | None]:
     return (chosen, HEADLINE_COLUMNS) if len(chosen) else (frame, None)
 
 
+def chosen_rows(folder: Path, patterns: dict[str, tuple[str, ...]]) -> pd.DataFrame:
+    """Return the stored rows that match the patterns of `filters`."""
+    from sdebench.report.selection import LABELS
+    from sdebench.run import matching
+    from sdebench.store import load
+
+    frame = load(folder)
+    for kind, globs in patterns.items():
+        if globs:
+            labels = frame[LABELS[kind]]
+            wanted = matching(kind, set(labels), globs)
+            attributes = frame.attrs
+            frame = frame[labels.isin(wanted)]
+            frame.attrs.update(attributes)
+    return frame
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("results"))
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), help="Write to a file."
 )
 @HEADLINE
+@filters
 @output
 def table(
-    folder: Path, output: Path | None, headline: bool, format: str | None
+    folder: Path,
+    output: Path | None,
+    headline: bool,
+    format: str | None,
+    **patterns: tuple[str, ...],
 ) -> None:
     """Print the table of the results in FOLDER."""
-    from sdebench.store import load
-
     if format is None and output is not None:
         endings = {".tex": "latex", ".htm": "html"}
         suffix = output.suffix.lower()
@@ -67,7 +87,7 @@ def table(
                 f"--output {output} does not tell the format; add --format "
                 f"{'|'.join(FORMATS)}"
             )
-    frame = load(folder)
+    frame = chosen_rows(folder, patterns)
     shown, columns = shorten(frame) if headline else (frame, None)
     print_table(shown, format, output, columns)
 
@@ -81,6 +101,7 @@ def table(
     help="Folder of the figures; default: FOLDER/figures.",
 )
 @HEADLINE
+@filters
 @click.option(
     "--format",
     "formats",
@@ -96,11 +117,10 @@ def plot(
     headline: bool,
     formats: tuple[str, ...],
     as_json: bool,
+    **patterns: tuple[str, ...],
 ) -> None:
     """Draw the figures of the results in FOLDER and print their paths."""
-    from sdebench.store import load
-
-    frame = load(folder)
+    frame = chosen_rows(folder, patterns)
     shown = shorten(frame)[0] if headline else frame
     paths = [str(p) for p in draw_figures(shown, output or folder / "figures", formats)]
     if as_json:

@@ -2,7 +2,7 @@ r"""The linear-quadratic control problem in discrete time, in closed form.
 
     X_{n+1} = M_n X_n + c_n + G_n (w_n + z_n),    z_n ~ N(0, I),   X_0 ~ N(m_0, S_0)
     minimise J_N = E[ sum_n (1/2 |w_n|^2 + 1/2 X_n^T F_n X_n) - r(X_N) ],
-    r(x) = -1/2 x^T Q x + q^T x + r0,
+    r(x) = -1/2 x^T Q x + q^T x + r0 - 1/4 sum_i c_i x_i^4,
 
 with the control in noise units and the step length inside F_n, as in
 ``simulate.tables.LinearTables``; every coefficient may depend on n.  This is exactly
@@ -14,11 +14,15 @@ The best feedback w = K_n x + k_n, its value 1/2 x^T P_n x + p_n^T x + rho_n, an
 value -log E_base[exp(r - sum 1/2 x^T F x) | X_n = x] of the tilted chain share P_n
 and p_n; one pays 1/2 tr(G^T P G) for the noise of a step and the other
 1/2 log det(I + G^T P G), so J_N exceeds -log Z even at the best feedback.
+
+With a quartic reward (c not zero) the answers for a given feedback stay exact, see
+`sdebench.closed_form.quartic`; those that need the value function are refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +33,7 @@ from sdebench.simulate.tables import LinearTables, noise_mask
 
 from .hamiltonian import Value, log_expectation, symmetric
 from .linear_quadratic import LinearQuadratic
+from .quartic import check_quartic, require_quadratic, stein_quadratic
 from .validation import check_array, check_covariance
 
 Array = NDArray[np.float64]
@@ -57,6 +62,8 @@ class AffineChain:
     start_mean : (d,) m_0.
     start_covariance : (d, d) S_0; zero for a fixed start.
     noisy : (N,) 0 for steps without noise, z_n = 0, else 1; default all 1.
+    reward_quartic : (d,) c; default none.
+    denoiser : (N, 5) or empty, of the tables; no answer here needs it.
 
     Raises
     ------
@@ -75,6 +82,8 @@ class AffineChain:
     start_mean: NDArray[np.floating]
     start_covariance: NDArray[np.floating]
     noisy: NDArray[np.floating] | None = None
+    reward_quartic: NDArray[np.floating] | None = None
+    denoiser: NDArray[np.floating] = field(default_factory=lambda: np.zeros((0, 5)))
 
     def __post_init__(self) -> None:
         d, n = len(np.atleast_1d(np.asarray(self.start_mean))), len(self.transition)
@@ -97,6 +106,8 @@ class AffineChain:
         object.__setattr__(self, "reward_constant", float(self.reward_constant))
         noisy = np.ones(n) if self.noisy is None else self.noisy
         object.__setattr__(self, "noisy", check_array("noisy", noisy, (n,)))
+        quartic = check_quartic(self.reward_quartic, d)
+        object.__setattr__(self, "reward_quartic", quartic)
 
     @classmethod
     def from_tables(cls, tables: LinearTables) -> AffineChain:
@@ -113,6 +124,8 @@ class AffineChain:
             start_mean=tables.start_mean,
             start_covariance=factor @ factor.T,
             noisy=noise_mask(tables),
+            reward_quartic=tables.reward_quartic,
+            denoiser=tables.denoiser,
         )
 
     @classmethod
@@ -132,6 +145,7 @@ class AffineChain:
             reward_constant=problem.reward_constant,
             start_mean=problem.start_mean,
             start_covariance=problem.start_covariance,
+            reward_quartic=problem.reward_quartic,
         )
 
     @property
@@ -150,6 +164,7 @@ class AffineChain:
         self, *, log_determinant: bool
     ) -> tuple[Array, Array, Array, Array, Array]:
         """Return P, p, rho (N + 1 each) and the best K, k (N each)."""
+        require_quadratic(np.asarray(self.reward_quartic))
         n_steps, d, m = self.noise.shape
         P, p = np.empty((n_steps + 1, d, d)), np.empty((n_steps + 1, d))
         rho = np.empty(n_steps + 1)
@@ -253,10 +268,20 @@ class AffineChain:
 
     def reward_only_objective(self, gain: Array, bias: Array) -> float:
         """Return -E r(X_N) under the feedback K (N, m, d), k (N, m)."""
+        Q, q, r0 = self._terminal(gain, bias)
         means, covariances = (part[-1] for part in self.moments(gain, bias))
         second = covariances + np.outer(means, means)
-        quadratic = 0.5 * float(np.sum(self.reward_quadratic * second))
-        return quadratic - float(self.reward_linear @ means) - self.reward_constant
+        return 0.5 * float(np.sum(Q * second)) - float(q @ means) - r0
+
+    def _terminal(self, gain: Array, bias: Array) -> tuple[Array, Array, float]:
+        """Return Q, q, r0 of the reward, quartic terms by Stein's lemma."""
+        Q, q = np.asarray(self.reward_quadratic), np.asarray(self.reward_linear)
+        quartic = np.asarray(self.reward_quartic)
+        if not np.any(quartic):
+            return Q, q, self.reward_constant
+        means, covariances = self.moments(gain, bias)
+        more = stein_quadratic(quartic, means[-1], np.diag(covariances[-1]))
+        return Q + np.diag(more[0]), q + more[1], self.reward_constant + more[2]
 
     def gradient(
         self,
@@ -312,11 +337,13 @@ class AffineChain:
         The full adjoint is the pathwise derivative of the cost,
         a_n = M^T a_{n+1} + K^T (w_n + G^T a_{n+1}) + F_n X_n; the lean one drops
         the terms of the feedback, and ``reward_only`` those of the costs w_n and F_n.
+        With a quartic reward S x + s is the best affine fit of the conditional mean.
         """
         gain, bias = self._check_feedback(gain, bias)
         d = self.dim
         S, s = np.empty((self.n_steps + 1, d, d)), np.empty((self.n_steps + 1, d))
-        S[-1], s[-1] = self.reward_quadratic, -self.reward_linear
+        Q, q, _ = self._terminal(gain, bias)
+        S[-1], s[-1] = Q, -q
         closed, drift = self._closed_loop(gain, bias)
         left = self.transition if lean else closed
         for n in reversed(range(self.n_steps)):
@@ -357,6 +384,34 @@ class AffineChain:
         result: Array = np.einsum("pnmd,nmd->p", dK, in_gain)
         return result + np.einsum("pnm,nm->p", dk, in_bias)
 
+    def start_gradient(
+        self, gain: Array, bias: Array, *, reward_only: bool = False
+    ) -> tuple[Array, Array]:
+        """Return E lambda_0 (d,) and E lambda_0 (X_0 - m_0)^T (d, d), full adjoint.
+
+        The gradients of ``objective`` with respect to m_0 and, times L^-T, to a
+        factor L of S_0.
+        """
+        S, s = self.adjoint(gain, bias, reward_only=reward_only)
+        return S[0] @ self.start_mean + s[0], S[0] @ self.start_covariance
+
+    def costate_gradient(
+        self,
+        gain: Array,
+        bias: Array,
+        gain_derivative: Array,
+        bias_derivative: Array,
+        costate: tuple[Array, Array],
+    ) -> Array:
+        """Return sum_n E[(dw_n)^T (w_n + G_n^T phi_{n+1}(X_{n+1}))], (P,).
+
+        Parameters
+        ----------
+        gain, bias, gain_derivative, bias_derivative : as in ``gradient``.
+        costate : S (N + 1, d, d), s (N + 1, d) of phi_n(x) = S_n x + s_n.
+        """
+        return self._contract(gain, bias, gain_derivative, bias_derivative, costate)
+
     def control_distance(
         self, gain: Array, bias: Array, other_gain: Array, other_bias: Array
     ) -> float:
@@ -376,7 +431,8 @@ class AffineChain:
 class PolicyChain(NamedTuple):
     """A chain with the feedback K_n x + k_n of a policy, and that of u*.
 
-    gain (N, m, d), bias (N, m), their derivatives (P, ...) in theta.
+    gain (N, m, d), bias (N, m), their derivatives (P, ...) in theta (P,).
+    at : the same for other parameters.
     """
 
     chain: AffineChain
@@ -386,6 +442,14 @@ class PolicyChain(NamedTuple):
     bias_derivative: Array
     optimal_gain: Array
     optimal_bias: Array
+    theta: Array
+    at: Callable[[Array], PolicyChain]
+
+    def objective(self, *, reward_only: bool = False) -> float:
+        """Return J_N of this policy, or -E r(X_N)."""
+        if reward_only:
+            return self.chain.reward_only_objective(self.gain, self.bias)
+        return self.chain.objective(self.gain, self.bias)
 
     def gradient(
         self, *, reward_only: bool = False, step_weights: Array | None = None
@@ -399,6 +463,56 @@ class PolicyChain(NamedTuple):
             reward_only=reward_only,
             step_weights=step_weights,
         )
+
+    def costate_gradient(self, costate: tuple[Array, Array]) -> Array:
+        """Return `AffineChain.costate_gradient` for this policy."""
+        return self.chain.costate_gradient(
+            self.gain,
+            self.bias,
+            self.gain_derivative,
+            self.bias_derivative,
+            costate,
+        )
+
+    def distillation_gradient(self, *, detached: bool) -> Array:
+        """Return the gradient (P,) of E sum_n 1/2 |w_n - w*_n|^2, w* the control u*.
+
+        It is the control problem of the chain under u* without any costs but those of
+        the control w - w*, and its lean adjoint vanishes.
+
+        Parameters
+        ----------
+        detached : with the states held fixed, sum_n E[(dw_n)^T (w_n - w*_n)].
+        """
+        chain = self.chain
+        freed = replace(
+            chain,
+            transition=chain.transition + chain.noise @ self.optimal_gain,
+            offset=chain.offset
+            + np.einsum("nij,nj->ni", chain.noise, self.optimal_bias),
+            running=np.zeros_like(chain.running),
+            reward_quadratic=np.zeros_like(chain.reward_quadratic),
+            reward_linear=np.zeros_like(chain.reward_linear),
+            reward_quartic=None,
+        )
+        gradient = freed.matching_gradient if detached else freed.gradient
+        return gradient(
+            self.gain - self.optimal_gain,
+            self.bias - self.optimal_bias,
+            self.gain_derivative,
+            self.bias_derivative,
+        )
+
+    def log_variance_gradient(self, sampling: str) -> Array:
+        """Return `path_quadratics.log_variance_gradient` for paths of a control.
+
+        ``sampling`` : "optimal" (u*) or "base" (no control).
+        """
+        from .path_quadratics import log_variance_gradient
+
+        used = float(sampling == "optimal")
+        feedback = used * self.optimal_gain, used * self.optimal_bias
+        return log_variance_gradient(self, *feedback)
 
 
 def _apply(matrices: Array, vectors: Array) -> Array:

@@ -83,11 +83,12 @@ class BaseProcess:
             "mixed ODE-SDE sampling needs a memoryless denoising base"
         )
 
-    def denoiser(self, s: float, t: float) -> tuple[float, float, float] | None:
-        """Return the coefficients of the denoised prediction at s, or None.
+    def denoiser(self, s: float, t: float) -> tuple[float, ...] | None:
+        """Return the denoised prediction at s and its noising, or None.
 
-        E[X_T | X_s = x] under the control is their sum with x, the Euler-Maruyama mean
-        of the step from s to t without control, and the control in noise units.
+        E[X_T | X_s = x] under the control is the sum of the first three with x, the
+        Euler-Maruyama mean of the step from s to t without control, and the control in
+        noise units; X_s is the sum of the last two with X_T and a standard normal.
         """
         return None
 
@@ -232,13 +233,14 @@ class MemorylessBase(BaseProcess):
         scale, offset = self.linear_drift(t)
         return 0.5 * (float(self.schedule.kappa(t)) + scale), 0.5 * offset
 
-    def denoiser(self, s: float, t: float) -> tuple[float, float, float]:
+    def denoiser(self, s: float, t: float) -> tuple[float, ...]:
         # Tweedie: (x + beta^2 score) / alpha; the step's mean holds h sigma^2 score.
         h, sigma = t - s, self.sigma(s)
         alpha, variance = float(self.schedule.alpha(s)), self.schedule.variance(s)
         by_mean = float(variance) / (alpha * h * sigma**2)
         by_state = 1.0 / alpha - by_mean * (1.0 + h * float(self.schedule.kappa(s)))
-        return by_state, by_mean, by_mean * np.sqrt(h) * sigma
+        by_control = by_mean * np.sqrt(h) * sigma
+        return by_state, by_mean, by_control, alpha, float(np.sqrt(variance))
 
     def linear_growth(self, s: float, t: float) -> float:
         if self.gaussian:

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.polynomial import legendre
 from numpy.typing import NDArray
 
+from .quartic import stein_quadratic
+
 Array = NDArray[np.float64]
 MatrixFunction = Callable[[float], Array]
 
@@ -33,6 +35,7 @@ class ClosedLoop(NamedTuple):
 
     ``linear`` is (A, a), (d, D); ``noise`` is sigma, (d, m); ``running`` (D, D) and
     ``terminal`` (D, D) are the matrices of 1/2 z^T F z and of -r = 1/2 z^T Q z.
+    ``quartic`` (d,) c adds 1/4 sum c_i x_i^4 to -r.
     """
 
     linear: Array
@@ -40,6 +43,7 @@ class ClosedLoop(NamedTuple):
     running: Array
     terminal: Array
     start: Array  # (D, D) E z_0 z_0^T
+    quartic: Array
 
 
 @lru_cache(maxsize=4)
@@ -95,6 +99,7 @@ class FeedbackEvaluation:
     control : (n, s, m, D) the feedback (K, k) at the nodes.
     moments : (n, s, D, D) E z z^T at the nodes.
     final_moment : (D, D) E z_T z_T^T.
+    terminal : (D, D) the loop's, with the quadratic that stands for a quartic cost.
     """
 
     def __init__(
@@ -122,6 +127,18 @@ class FeedbackEvaluation:
         self._end = np.stack([end for _, end in solved])
         self._inverse = np.linalg.inv(self._inside)
         self.moments, self.final_moment = self._propagate_moments()
+        self.terminal = loop.terminal
+        if np.any(loop.quartic):
+            self.terminal = loop.terminal + self._quartic_terminal()
+
+    def _quartic_terminal(self) -> Array:
+        dim = len(self.loop.linear)
+        mean = self.final_moment[:dim, dim]
+        variance = np.diag(self.final_moment)[:dim] - mean**2
+        Q, q, r = stein_quadratic(self.loop.quartic, mean, variance)
+        return np.block(
+            [[np.diag(Q), -q[:, None]], [-q[None], np.full((1, 1), -2 * r)]]
+        )
 
     def at_nodes(self, function: MatrixFunction) -> Array:
         """Return ``function(t)`` at all nodes, with leading axes (n, s)."""
@@ -149,7 +166,7 @@ class FeedbackEvaluation:
         cost = self.loop.running + np.swapaxes(self.control, -1, -2) @ self.control
         running = np.einsum("ns,nsab,nsab->", self.weights, cost, self.moments)
         running *= self.cost_weight
-        return 0.5 * float(running + np.sum(self.loop.terminal * self.final_moment))
+        return 0.5 * float(running + np.sum(self.terminal * self.final_moment))
 
     def objective_scale(self) -> float:
         """Return the sum of the magnitudes of all terms of ``objective``."""
@@ -157,17 +174,21 @@ class FeedbackEvaluation:
         cost = np.abs(self.loop.running) + np.swapaxes(control, -1, -2) @ control
         moments = np.abs(self.moments)
         running = np.einsum("ns,nsab,nsab->", self.weights, cost, moments)
-        terminal = np.sum(np.abs(self.loop.terminal) * np.abs(self.final_moment))
+        terminal = np.sum(np.abs(self.terminal) * np.abs(self.final_moment))
         return 0.5 * float(running + terminal)
 
     def full_adjoint(self) -> Array:
-        """Return (S, s) (n, s, d, D): the gradient S x + s of the cost-to-go."""
+        """Return (S, s) (n, s, d, D): the gradient S x + s of the cost-to-go.
+
+        Sets ``start_adjoint`` (D, D), its first d rows (S, s) at the start.
+        """
         cost = self.loop.running + np.swapaxes(self.control, -1, -2) @ self.control
         cost *= self.cost_weight
         dim = len(self.loop.linear)
-        return self._backward(self._inside, self._end, cost, self.loop.terminal)[
-            ..., :dim, :
-        ]
+        adjoint, self.start_adjoint = self._backward(
+            self._inside, self._end, cost, self.terminal
+        )
+        return adjoint[..., :dim, :]
 
     def lean_adjoint(self) -> Array:
         """Return (S, s) (n, s, d, D) with E[lean adjoint | X_t = x] = S x + s.
@@ -180,14 +201,13 @@ class FeedbackEvaluation:
         left = [transition(drift, width) for width in self._widths]
         inside = np.stack([a for a, _ in left])
         end = np.stack([b for _, b in left])
-        return self._backward(
-            inside, end, self.loop.running[:dim], self.loop.terminal[:dim]
-        )
+        running, terminal = self.loop.running[:dim], self.terminal[:dim]
+        return self._backward(inside, end, running, terminal)[0]
 
     def _backward(
         self, left: Array, left_end: Array, cost: Array, terminal: Array
-    ) -> Array:
-        """Return S at the nodes from d/dt left^T S Psi = -left^T cost Psi."""
+    ) -> tuple[Array, Array]:
+        """Return S at the nodes and the start: d/dt left^T S Psi = -left^T cost Psi."""
         source = np.swapaxes(left, -1, -2) @ cost @ self._inside
         left_inverse = np.swapaxes(np.linalg.inv(left), -1, -2)
         _, weights, matrix = gauss_rule(N_NODES)
@@ -199,7 +219,7 @@ class FeedbackEvaluation:
             inner = end + width * np.einsum("ij,jab->iab", rest, source[i])
             adjoint[i] = left_inverse[i] @ inner @ self._inverse[i]
             S = end + width * np.einsum("j,jab->ab", weights, source[i])
-        return adjoint
+        return adjoint, S
 
     def contract(self, adjoint: Array, derivative: Array) -> tuple[Array, Array]:
         """Return int E[(du_p)^T (u + sigma^T (S x + s))] dt and the terms' magnitude.

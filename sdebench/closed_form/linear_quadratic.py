@@ -15,6 +15,9 @@ of the optimally controlled process come from matrix exponentials of the Hamilto
 (``hamiltonian.py``), without an ODE solver.  Any other linear feedback with smooth
 time-dependent coefficients is evaluated by collocation (``collocation.py``).
 
+A quartic term -1/4 sum_i c_i x_i^4 may be added to r; the answers for a given feedback
+stay exact (``quartic.py``), and those that need V are refused.
+
 Q and F may be indefinite; where the value function then becomes infinite the reward
 cannot be tilted with, and ``ParameterError`` says when that happens.
 """
@@ -27,6 +30,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import ArrayLike
 
 from sdebench.errors import NumericalError, ParameterError
@@ -46,6 +50,7 @@ from .hamiltonian import (
     log_expectation,
     symmetric,
 )
+from .quartic import check_quartic, require_quadratic
 from .validation import check_array, check_covariance
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -91,12 +96,15 @@ class LinearQuadratic:
     horizon : T > 0.
     start_mean : (d,) m_0.
     start_covariance : (d, d) S_0; zero for a fixed start.
+    reward_quartic : (d,) c; default none.
 
     Raises
     ------
     ParameterError
         On wrong shapes or values, and from every method that needs a value function
         which does not exist.
+    NotExactError
+        From every method that needs a value function, with a quartic reward.
     """
 
     drift_matrix: Array
@@ -109,6 +117,7 @@ class LinearQuadratic:
     horizon: float
     start_mean: Array
     start_covariance: Array
+    reward_quartic: Array | None = None
 
     def __post_init__(self) -> None:
         d = len(np.atleast_1d(np.asarray(self.start_mean)))
@@ -127,6 +136,8 @@ class LinearQuadratic:
         store("start_mean", (d,))
         start = check_covariance("start_covariance", self.start_covariance, d)
         object.__setattr__(self, "start_covariance", start)
+        quartic = check_quartic(self.reward_quartic, d)
+        object.__setattr__(self, "reward_quartic", quartic)
         object.__setattr__(self, "reward_constant", float(self.reward_constant))
         object.__setattr__(self, "horizon", float(self.horizon))
         if not (np.isfinite(self.horizon) and self.horizon > 0.0):
@@ -191,6 +202,7 @@ class LinearQuadratic:
         ParameterError
             When the value function is infinite at or after one of the times.
         """
+        require_quadratic(np.asarray(self.reward_quartic))
         array = self._check_times(times)
         remaining, where = np.unique(self.horizon - array.ravel(), return_inverse=True)
         value = Value(self.reward_quadratic, -self.reward_linear, -self.reward_constant)
@@ -344,7 +356,8 @@ class LinearQuadratic:
         start = np.outer(extended, extended)
         start[:d, :d] += self.start_covariance
         linear = np.column_stack((self.drift_matrix, self.drift_offset))
-        return ClosedLoop(linear, self.diffusion, running, terminal, start)
+        quartic = np.asarray(self.reward_quartic)
+        return ClosedLoop(linear, self.diffusion, running, terminal, start, quartic)
 
     def _refine(
         self,
@@ -472,6 +485,74 @@ class LinearQuadratic:
             return evaluation.contract(evaluation.lean_adjoint(), derivative)
 
         return PolicyGradient(*self._refine(gain, bias, breaks, answer))
+
+    def start_gradient(
+        self,
+        gain: MatrixFunction,
+        bias: MatrixFunction,
+        *,
+        breaks: Sequence[float] = (),
+    ) -> tuple[Array, Array, float]:
+        """Return the gradient of J of a feedback in the law of X_0, and a bound.
+
+        E lambda_0 (d,) and E lambda_0 (X_0 - m_0)^T (d, d) with the full adjoint: the
+        gradients with respect to m_0 and, times L^-T, to a factor L of S_0.  The
+        arguments are those of ``policy_objective``.
+        """
+        d = self.dim
+        start = np.append(self.start_mean, 1.0)
+
+        def answer(evaluation: FeedbackEvaluation) -> tuple[Array, Array]:
+            evaluation.full_adjoint()
+            S = evaluation.start_adjoint[:d]
+            values = np.append(S @ start, (S[:, :d] @ self.start_covariance).ravel())
+            size = np.abs(S) @ (np.abs(start) + np.sqrt(np.max(self._loop.start)))
+            return values, size
+
+        values, bound = self._refine(gain, bias, breaks, answer)
+        return values[:d], values[d:].reshape(d, d), bound
+
+    def tilted_start(self) -> tuple[Array, Array]:
+        """Return mean (d,) and covariance (d, d) of the start law p_0 e^{-V} / Z.
+
+        From it, the cost J(u*) plus the relative entropy to p_0 is -log Z: without
+        initial-value bias.
+        """
+        P, p, _ = self.riccati(0.0)
+        shrink = np.linalg.inv(np.eye(self.dim) + self.start_covariance @ P)
+        mean = shrink @ (self.start_mean - self.start_covariance @ p)
+        return mean, symmetric(shrink @ self.start_covariance)
+
+    def frozen_costate(
+        self, gain: ArrayLike, bias: ArrayLike, times: ArrayLike
+    ) -> tuple[Array, Array]:
+        """Return S (..., d, d), s (..., d) with E[lean adjoint_t | X_t = x] = S x + s.
+
+        Under the constant feedback u = K x + k, differentiated at frozen control:
+        -S' = A^T S + S (A + sigma K) + F, S(T) = Q, by a matrix exponential.
+
+        Parameters
+        ----------
+        gain, bias : K (m, d) and k (m,).
+        times : (...) in [0, T].
+        """
+        require_quadratic(np.asarray(self.reward_quartic))
+        d, m = self.diffusion.shape
+        control = np.column_stack(
+            (check_array("gain", gain, (m, d)), check_array("bias", bias, (m,)))
+        )
+        # Sylvester's equation of (S, s): S(T - r) = (E11 S(T) + E12) E22^-1
+        system = np.zeros((2 * d + 1, 2 * d + 1))
+        system[:d, :d] = self.drift_matrix.T
+        system[:d, d : 2 * d] = self.running
+        linear = np.column_stack((self.drift_matrix, self.drift_offset))
+        system[d : 2 * d, d:] = -(linear + self.diffusion @ control)
+        terminal = np.column_stack((self.reward_quadratic, -self.reward_linear))
+        remaining = self.horizon - self._check_times(times)
+        flow = scipy.linalg.expm(remaining[..., None, None] * system)
+        costate = flow[..., :d, :d] @ terminal + flow[..., :d, d:]
+        costate = costate @ np.linalg.inv(flow[..., d:, d:])
+        return costate[..., :d], costate[..., d]
 
     def control_error(
         self,

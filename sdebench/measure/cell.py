@@ -22,7 +22,7 @@ from sdebench.errors import (
     ParameterError,
     unknown,
 )
-from sdebench.estimator import Estimator
+from sdebench.estimator import Estimator, Sizes
 from sdebench.measure.answers import exact_answers
 from sdebench.measure.engine import (
     Accumulator,
@@ -45,7 +45,7 @@ from sdebench.measure.memory import PeakMemory
 from sdebench.measure.moments import Moments
 from sdebench.measure.tails import tail_index
 from sdebench.measure.workers import Settings, count_evaluations, shared_paths
-from sdebench.problem import Problem, check_scheme
+from sdebench.problem import EULER, Problem, check_scheme
 from sdebench.provenance import provenance
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ SIGNIFICANCE = 0.001
 ROUNDING = {"float64": 2.0**-40, "float32": 2.0**-14}
 """Relative differences that the arithmetic of a path explains."""
 MAX_REPLICATES = 1 << 22
+NO_TARGET = "no exact target"
+"""Verdict on such an estimator where the value of its target is not known."""
 PARTIAL = "unbiased for its target"
 """Verdict on an estimator of something else than the N-step gradient."""
 
@@ -250,12 +252,35 @@ def refusal(request: Request, estimator: Estimator) -> str | None:
     if reason := estimator.refusal(request.n_paths, request.backend):
         return reason
     n_steps = len(request.times) - 1
+    problem = request.problem
+    sizes = Sizes(request.n_paths, n_steps, problem.dim, problem.n_params)
+    if reason := estimator.not_applicable_to(sizes):
+        return reason
     try:
-        noisy = estimator.noisy_steps(n_steps)
-        if noisy is not None:
-            request.problem.tables(None, request.times, request.scheme, noisy)
+        return _unmet_need(request, estimator)
     except (NotApplicableError, ParameterError) as error:
         return str(error)
+
+
+def _unmet_need(request: Request, estimator: Estimator) -> str | None:
+    """Return what the estimator needs of the process and does not find, or None."""
+    problem, grid = request.problem, (request.times, request.scheme)
+    noisy = estimator.noisy_steps(len(request.times) - 1)
+    if noisy is not None:
+        problem.tables(None, *grid, noisy)
+    if estimator.needs_denoiser and not len(problem.tables(None, *grid).denoiser):
+        return (
+            "it needs the denoised prediction E[X_T | X_t], which only memoryless "
+            f"denoising problems with scheme {EULER} give in closed form"
+        )
+    if estimator.needs_invertible_noise:
+        noise = problem.tables(None, *grid).noise
+        matrices = noise if noise.ndim == 3 else noise[:, None, None]
+        if np.any(np.linalg.matrix_rank(matrices) < matrices.shape[-1]):
+            return (
+                "it divides by the noise of a step, and the noise of this problem does "
+                "not reach every direction"
+            )
     return None
 
 
@@ -423,7 +448,7 @@ class Judge:
         if self.truth is None:
             return math.nan
         norm = float(np.linalg.norm(self.truth))
-        if norm > 1e-10:
+        if norm > max(1e-10, self.error):
             return norm
         zero = self._request.problem.truth.answer(
             self._estimator.estimand, self._request.problem.theta("zero")
@@ -502,6 +527,9 @@ class Judge:
         tolerance += ROUNDING[request.dtype] * math.sqrt(
             float(np.max(np.diag(covariance))) * scale_to_path
         )
+        if not self._estimator.independent and math.isfinite(self.scale):
+            # What `combine` subtracts may cancel altogether.
+            tolerance += ROUNDING[request.dtype] * self.scale
         row["normal_theory_trusted"] = _normal_theory_trusted(moments)
         # Zero variance: the largest values are rounding errors, which have no tail.
         row |= self._tail(accumulator, variance.estimate > tolerance**2)
@@ -571,6 +599,8 @@ class Judge:
                 return "unbiased"
             visible = float(np.max(np.abs(discretization))) > tolerance
             return "discretization bias only" if visible else "unbiased"
+        if self._estimator.has_target:
+            return NO_TARGET
         if self.truth is None:
             return "no exact answer"
         if row["p_value"] < SIGNIFICANCE:

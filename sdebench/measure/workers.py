@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdebench.composite import CompositeEstimator, Runner
+from sdebench.composite import CompositeEstimator, Runner, some_paths
 from sdebench.estimator import Estimator
 from sdebench.problem import Problem
 from sdebench.simulate.noise import Noise, block_noise, normals, split_seed
@@ -30,6 +30,8 @@ WIDE_BLOCK, WIDE_DIM = 128, 8
 """From this dimension on stored paths of 256 columns leave the level-2 cache."""
 TORCH_ELEMENTS = 1 << 19
 """States (paths x dim) that torch handles at a time."""
+KEPT_TABLES = 16
+"""Tables take milliseconds to make; perturbations of theta by signs are this few."""
 GRID_SHIFT = 40
 """Grids of N steps use the path numbers from N 2^40 on, so that their noise differs."""
 
@@ -152,32 +154,34 @@ class NumbaWorker:
         self.counts: dict[str, int] = {}  # the view counts: `TorchWorker`
         self._columns = LANES
         self._settings = settings
-        self._use(tables, other_tables)
+        self.use(tables, other_tables, settings.theta)
         self._work = workspace(self._prepared, self.size)
         self._other_work = (
             None if self._other is None else workspace(self._other, self.size)
         )
         self._buffers = path_buffers(self._prepared, self.size)
-        self._estimators = estimators
         self._key = split_seed(settings.seed)
+        self.serve(estimators)
+
+    def serve(self, estimators: Sequence[Estimator]) -> None:
+        """Go on with other estimators, of the same `shared_paths`."""
         width = self._buffers.totals.shape[1]
-        n_params = self._prepared.n_parameters
+        n_params, dtype = self._prepared.n_parameters, self._settings.dtype
+        self._estimators = estimators
         self._out = [
-            np.zeros((e.n_statistics(n_params), width), settings.dtype)
-            for e in estimators
+            np.zeros((e.n_statistics(n_params), width), dtype) for e in estimators
         ]
 
-    def _use(self, tables: Tables, other_tables: Tables | None) -> None:
+    def use(
+        self, tables: Tables, other_tables: Tables | None, theta: Array | None
+    ) -> None:
+        """Go on with other parameters; the shapes must be the same."""
         from sdebench.simulate.primitives import prepare
 
         dtype = self._settings.dtype
         self._tables = tables
         self._prepared = prepare(tables, dtype)
         self._other = None if other_tables is None else prepare(other_tables, dtype)
-
-    def use(self, tables: Tables, theta: Array | None) -> None:
-        """Go on with other parameters; the shapes must be the same."""
-        self._use(tables, None)
 
     def block(
         self, replicate: int, first_path: int, count: int, noise: Noise | None = None
@@ -202,6 +206,9 @@ class NumbaWorker:
                 arguments += [self._other, self._other_work]
             if estimator.group_size(self._settings.n_paths) > 1:
                 arguments.append(count)
+            if estimator.own_normals:
+                address = replicate, first_path, size
+                arguments.append(self._own_normals(estimator.own_normals, *address))
             clock = time.perf_counter()
             kernel(
                 self._prepared,
@@ -217,6 +224,19 @@ class NumbaWorker:
             )
             own.append(time.perf_counter() - clock)
         return self._out, shared, own
+
+    def _own_normals(
+        self, count: int, replicate: int, first_path: int, size: int
+    ) -> NDArray[Any]:
+        """Return the normals of ``count`` steps after the last, (count, d, width)."""
+        n_steps, dim, width = self._buffers.states.shape
+        address = self._settings.seed, replicate, first_path, size
+        drawn = normals(
+            *address, n_steps - 1, count, dim, dtype=self._settings.dtype
+        ).swapaxes(1, 2)
+        out = np.zeros((count, dim, width), self._settings.dtype)
+        out[:, :, :size] = drawn
+        return out
 
     def _simulate(
         self,
@@ -253,20 +273,25 @@ class TorchWorker:
         other_tables: Tables | None = None,
     ) -> None:
         self._settings, self._estimators = settings, estimators
-        self._other_tables = other_tables
-        self.use(tables, settings.theta)
+        self.use(tables, other_tables, settings.theta)
         wanted = max(BLOCK, TORCH_ELEMENTS // self._family.dim // BLOCK * BLOCK)
         size = block_size(wanted, estimators, settings)
         self.size = min(size, settings.n_paths)
         self.counts: dict[str, int] = {}
         self._key = split_seed(settings.seed)
 
-    def use(self, tables: Tables, theta: Array | None) -> None:
+    def serve(self, estimators: Sequence[Estimator]) -> None:
+        """Go on with other estimators, of the same `shared_paths`."""
+        self._estimators = estimators
+
+    def use(
+        self, tables: Tables, other_tables: Tables | None, theta: Array | None
+    ) -> None:
         """Go on with other parameters."""
         from sdebench.simulate.torch_family import torch_family
 
         where = (self._settings.dtype, self._settings.device)
-        self._tables, self._theta = tables, theta
+        self._tables, self._other_tables, self._theta = tables, other_tables, theta
         self._family = torch_family(tables, *where)
         if self._other_tables is not None:
             self._other_family = torch_family(self._other_tables, *where)
@@ -344,13 +369,21 @@ class CompositeWorker:
         self.counts: dict[str, int] = {}
         self._simulations = Simulations(problem, settings, self.counts)
 
+    def __del__(self) -> None:
+        _LENT.pop(id(self), None)
+
+    def serve(self, estimators: Sequence[Estimator]) -> None:
+        """Go on with other estimators, of the same `shared_paths`."""
+        self._estimators = estimators
+
     def block(self, replicate: int, first_path: int, count: int) -> Block:
         """Return every estimator's statistics of ``count`` paths."""
         rows, own = [], []
+        _LENT[id(self)] = self._simulations
         for estimator in self._estimators:
             assert isinstance(estimator, CompositeEstimator)
             clock = time.perf_counter()
-            runner = BlockRunner(self._simulations, replicate, first_path, count)
+            runner = BlockRunner(id(self), replicate, first_path, count)
             rows.append(np.ascontiguousarray(estimator.run(runner)))
             own.append(time.perf_counter() - clock)
         return rows, 0.0, own
@@ -364,6 +397,7 @@ class Simulations:
     ) -> None:
         self.problem, self.settings, self.counts = problem, settings, counts
         self._workers: dict[Hashable, tuple[Any, bytes]] = {}
+        self._kept: dict[Hashable, tuple[Tables, Tables | None, Array | None]] = {}
 
     def rows(
         self,
@@ -378,24 +412,21 @@ class Simulations:
         shared = {shared_paths(e, len(times) - 1, count) for e in estimators}
         if len(shared) != 1:
             raise ValueError("run() needs estimators that share their paths")
-        key = (tuple(estimators), len(times), count)
+        key = (shared.pop(), times.tobytes(), count)
         mark = theta.tobytes()
         settings = replace(self.settings, theta=theta, times=times, n_paths=count)
         if key not in self._workers:
             worker: Any = make_worker(self.problem, estimators, settings)
         else:
             worker, old = self._workers[key]
+            worker.serve(estimators)
             if old != mark:
-                tables, _, used = make_tables(self.problem, estimators[0], settings)
-                worker.use(tables, used)
+                worker.use(*self._tables(estimators[0], settings))
         self._workers[key] = worker, mark
         found: list[list[Array]] = [[] for _ in estimators]
         for first in range(0, count, worker.size):
-            part = slice(first, min(first + worker.size, count))
-            own = Noise(
-                noise.steps[:, :, part], noise.start[:, part], noise.uniforms[part]
-            )
-            size = part.stop - part.start
+            size = min(worker.size, count - first)
+            own = some_paths(noise, first, size)
             rows, _, _ = worker.block(replicate, first_path + first, size, own)
             for kept, row in zip(found, rows, strict=True):
                 kept.append(np.array(row[:, :size], dtype=np.float64))
@@ -403,40 +434,59 @@ class Simulations:
         worker.counts.clear()
         return [np.concatenate(kept, axis=1) for kept in found]
 
+    def _tables(
+        self, estimator: Estimator, settings: Settings
+    ) -> tuple[Tables, Tables | None, Array | None]:
+        """Return what `make_tables` does; the last `KEPT_TABLES` are kept."""
+        assert settings.theta is not None
+        key = (estimator, settings.theta.tobytes(), settings.times.tobytes())
+        if key not in self._kept:
+            if len(self._kept) == KEPT_TABLES:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = make_tables(self.problem, estimator, settings)
+        return self._kept[key]
+
+
+_LENT: dict[int, Simulations] = {}
+"""Simulations by number: a runner holds the number, so that it leads to no truth."""
+
 
 class BlockRunner(Runner):
-    """The `Runner` of one block."""
+    """The `Runner` of one block; ``lender`` is the key of its simulations."""
 
     def __init__(
-        self, simulations: Simulations, replicate: int, first_path: int, count: int
+        self, lender: int, replicate: int, first_path: int, count: int
     ) -> None:
+        simulations = _LENT[lender]
         problem, settings = simulations.problem, simulations.settings
         assert settings.theta is not None
         self.theta = np.array(settings.theta)
         self.times = np.array(settings.times)
         self.n_steps, self.n_params = len(self.times) - 1, problem.n_params
         self.dim, self.n_paths = problem.dim, count
-        self._simulations, self._replicate = simulations, replicate
-        self._first = first_path - (self.n_steps << GRID_SHIFT)
+        self._lender, self._seed = lender, settings.seed
+        self._replicate = replicate
+        self._first = first_path
 
     def rng(self) -> np.random.Generator:
-        entropy = (self._simulations.settings.seed, self._replicate, self._first)
+        entropy = (self._seed, self._replicate, self._first)
         return np.random.default_rng(entropy)
 
     def noise(self, n_steps: int | None = None) -> Noise:
         steps = self.n_steps if n_steps is None else n_steps
         address = self._address(steps)
-        seed = self._simulations.settings.seed
-        return block_noise(seed, *address, steps, self.dim)
+        return block_noise(self._seed, *address, steps, self.dim)
 
     def normals(self, count: int) -> Array:
-        seed, address = self._simulations.settings.seed, self._address(self.n_steps)
-        # numbers that no step of this path uses
+        # numbers that no step of these paths uses
         first = (self.n_steps * self.dim + 3) // 4 * 4
-        return np.asarray(normals(seed, *address, first, count, 1)[:, :, 0])
+        address = self._address(self.n_steps)
+        return np.asarray(normals(self._seed, *address, first, count, 1)[:, :, 0])
 
     def _address(self, n_steps: int) -> tuple[int, int, int]:
-        first = (n_steps << GRID_SHIFT) + self._first
+        first = self._first
+        if n_steps != self.n_steps:  # another grid: see `GRID_SHIFT`
+            first = (n_steps << GRID_SHIFT) + first % (1 << GRID_SHIFT)
         return self._replicate, first, self.n_paths
 
     def run(
@@ -445,15 +495,18 @@ class BlockRunner(Runner):
         noise: Noise | None = None,
         theta: Array | None = None,
         times: Array | None = None,
+        first: int = 0,
     ) -> list[Array]:
         times = self.times if times is None else times
         n_steps = len(times) - 1
-        return self._simulations.rows(
+        noise = self.noise(n_steps) if noise is None else noise
+        replicate, origin, _ = self._address(n_steps)
+        return _LENT[self._lender].rows(
             estimators,
             self.theta if theta is None else theta,
             times,
-            self._address(n_steps),
-            self.noise(n_steps) if noise is None else noise,
+            (replicate, origin + first, len(noise.uniforms)),
+            noise,
         )
 
 

@@ -19,6 +19,13 @@ HEADLINE_COLUMNS = (
     "verdict",
 )
 
+LABELS = {
+    "problem": "problem_label",
+    "estimator": "estimator_label",
+    "point": "point",
+}
+"""The column that a filter of rows reads."""
+
 
 def headline(frame: pd.DataFrame, point: str = "halfway") -> pd.DataFrame:
     """Return the cells with every setting at its default, at one evaluation point.

@@ -23,13 +23,31 @@ if TYPE_CHECKING:
 COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and a full page
 _SMALL = 7.0  # points; the smallest text of a figure
 
-# Positions in the palette: blue, orange, green, vermilion, purple, brown, gray, sky.
+# Positions in the palette: blue, orange, green, vermilion, purple, brown, pink, gray,
+# yellow, sky; from 10 on the same colors, darker.
 _ORDER = {
     "pathwise": 0,
+    "continuous_adjoint": 9,
+    "truncated": 5,
+    "adjoint_dpm": 10,
     "reinforce": 1,
+    "grpo": 3,
+    "ppo_clip": 13,
+    "rlr": 8,
+    "log_variance": 11,
+    "opd": 6,
+    "zeroth_order": 7,
+    "subspace_gradient": 17,
+    "antithetic": 19,
+    "quasi_random": 15,
+    "control_variate": 18,
+    "multilevel": 16,
     "adjoint_matching": 2,
+    "time_reversed_bsde": 12,
+    "non_adapted_adjoint": 14,
     "path_importance_sampling": 4,
 }
+_DARK = -0.45
 _SPARE = (3, 9, 5, 7, 6, 8)
 _STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _SHADES = (0.0, -0.5, 0.45, -0.25, 0.25)  # towards black and towards white
@@ -38,10 +56,13 @@ _MARKERS = {
     "Gaussian tilt": "s",
     "mixture tilt": "D",
     "pinned start": "^",
+    "linear, quartic reward": "v",
+    "certified reference": "X",
 }
 _OTHER_MARKER = "P"
 _ESTIMAND_TEXT = {
     "gradient": "",
+    "reward_only_gradient": "reward-only gradient",
     "matching_gradient": "matching gradient",
     "log_normalizer": "log Z",
 }
@@ -89,7 +110,10 @@ def looks(estimators: Iterable[str]) -> dict[str, Look]:
         # The first variant (the plain name if there is one) has the pure color.
         shift = _SHADES[i % len(_SHADES)]
         target = 0.0 if shift < 0.0 else 1.0
-        r, g, b = (c + abs(shift) * (target - c) for c in palette[slots[base]])
+        color = palette[slots[base] % len(palette)]
+        if slots[base] >= len(palette):
+            color = tuple((1.0 + _DARK) * c for c in color)
+        r, g, b = (c + abs(shift) * (target - c) for c in color)
         out[name] = Look(short[name], (r, g, b), _STYLES[i % len(_STYLES)])
     return out
 

@@ -53,9 +53,10 @@ class PreparedLinear(NamedTuple):
     pair_basis: Array  # (N, Q)
     reward_linear: Array  # (d,)
     reward_constant: Array  # (1,)
+    reward_quartic: Array  # (d or 0,)
     start_mean: Array  # (d,)
     noisy: Array  # (N,) 1 or 0
-    denoiser: Array  # (N or 0, 3)
+    denoiser: Array  # (N or 0, 5)
 
 
 class LinearWork(NamedTuple):
@@ -122,6 +123,7 @@ def prepare_linear(tables: LinearTables, dtype: DTypeLike) -> PreparedLinear:
         cast(tables.basis[parameter, feature].T),
         cast(tables.reward_linear),
         cast(tables.reward_constant),
+        cast(tables.reward_quartic),
         cast(tables.start_mean),
         cast(noise_mask(tables)),
         cast(tables.denoiser),
@@ -383,21 +385,29 @@ def running_cost_gradient(prepared, work, n, X, OUT, B):  # type: ignore[no-unty
 
 @block_loop
 def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
-    """OUT[row] = -1/2 x^T Q x + q^T x + r0."""
-    q = prepared.reward_linear
+    """OUT[row] = -1/2 x^T Q x + q^T x + r0 - 1/4 sum_i c_i x_i^4."""
+    q, c = prepared.reward_linear, prepared.reward_quartic
     for p in range(0, B, lanes(X)):
         total = fill(X, prepared.reward_constant[0])
         for i in range(q.shape[0]):
             total = total + q[i] * load(X, i, p)
+        for i in range(c.shape[0]):
+            square = load(X, i, p) * load(X, i, p)
+            total = total - (0.25 * c[i]) * (square * square)
         store(OUT, row, p, total)
     add_quadratic(prepared, work, REWARD, FIRST, -0.5, X, OUT, row, B)
 
 
 @block_loop
 def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
-    """OUT = q - Q x."""
+    """OUT = q - Q x - c x^3, the cube by coordinate."""
     apply(prepared, REWARD, FIRST, work.zero, X, OUT, B)
     for i in range(work.zero.shape[0]):
         q = prepared.reward_linear[i]
         for p in range(0, B, lanes(X)):
             store(OUT, i, p, q - load(OUT, i, p))
+    for i in range(prepared.reward_quartic.shape[0]):
+        c = prepared.reward_quartic[i]
+        for p in range(0, B, lanes(X)):
+            x = load(X, i, p)
+            store(OUT, i, p, load(OUT, i, p) - c * (x * x * x))

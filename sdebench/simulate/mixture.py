@@ -71,7 +71,7 @@ class PreparedMixture(NamedTuple):
     start_mean: Array  # (Ks, d)
     start_scale: Array  # (Ks, d)
     noisy: Array  # (N,) 1 or 0
-    denoiser: Array  # (N or 0, 3)
+    denoiser: Array  # (N or 0, 5)
 
 
 class ScoresWork(NamedTuple):

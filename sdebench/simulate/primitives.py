@@ -1,8 +1,9 @@
 """What an estimator's kernel may ask of a process, whatever its family.
 
 The functions below have no body: inside a numba kernel the type of ``prepared`` selects
-the implementation of `linear` or `mixture` at compile time, so that each estimator is
-written once.  ``prepared`` comes from `prepare`, ``work`` from `workspace`.
+the implementation of `linear`, `mixture` or `sine` at compile time, so that each
+estimator is written once.  ``prepared`` comes from `prepare`, ``work`` from
+`workspace`.
 
 A block is B paths, a multiple of 16; every buffer is (rows, B + PADDING), C-contiguous,
 one column per path, of the dtype of ``prepared``.  The columns from B on are scratch.
@@ -17,15 +18,16 @@ from typing import Any
 from numba.extending import overload
 from numpy.typing import DTypeLike
 
-from sdebench.simulate import linear, mixture
+from sdebench.simulate import linear, mixture, sine
 from sdebench.simulate.jit import OPTIONS
 from sdebench.simulate.linear import LinearWork, PreparedLinear
 from sdebench.simulate.mixture import MixtureWork, PreparedMixture
-from sdebench.simulate.tables import LinearTables, Tables
+from sdebench.simulate.sine import PreparedSine, SineWork
+from sdebench.simulate.tables import LinearTables, MixtureTables, Tables
 from sdebench.simulate.tile import INTERNAL
 
-Prepared = PreparedLinear | PreparedMixture
-Work = LinearWork | MixtureWork
+Prepared = PreparedLinear | PreparedMixture | PreparedSine
+Work = LinearWork | MixtureWork | SineWork
 ONCE_PER_BLOCK = ("start", "reward", "reward_gradient")
 
 
@@ -34,27 +36,32 @@ def prepare(tables: Tables, dtype: DTypeLike) -> Prepared:
 
     Parameters
     ----------
-    tables : LinearTables or MixtureTables
+    tables : LinearTables, MixtureTables or SineTables
     dtype : float64 or float32
         Precision of the whole simulation.
     """
     if isinstance(tables, LinearTables):
         return linear.prepare_linear(tables, dtype)
-    return mixture.prepare_mixture(tables, dtype)
+    if isinstance(tables, MixtureTables):
+        return mixture.prepare_mixture(tables, dtype)
+    return sine.prepare_sine(tables, dtype)
 
 
 def workspace(prepared: Prepared, block: int) -> Work:
     """Allocate the scratch of one thread for blocks of ``block`` paths."""
     if isinstance(prepared, PreparedLinear):
         return linear.work_linear(prepared, block)
-    return mixture.work_mixture(prepared, block)
+    if isinstance(prepared, PreparedMixture):
+        return mixture.work_mixture(prepared, block)
+    return sine.work_sine(prepared, block)
 
 
 def primitive(stub: Callable[..., Any]) -> Callable[..., Any]:
-    """Register the two families' functions of the same name for kernels."""
+    """Register the families' functions of the same name for kernels."""
     families = {
         PreparedLinear: getattr(linear, stub.__name__).py_func,
         PreparedMixture: getattr(mixture, stub.__name__).py_func,
+        PreparedSine: getattr(sine, stub.__name__).py_func,
     }
 
     options: Any = {**OPTIONS, **INTERNAL}

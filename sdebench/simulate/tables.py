@@ -1,6 +1,6 @@
 """Coefficient tables: all that a simulation backend needs to know of a problem.
 
-A problem fills one of two tables on a time grid of ``n_steps`` steps; the numba
+A problem fills one of three tables on a time grid of ``n_steps`` steps; the numba
 kernels and the torch functions evaluate the same table.  One step of either family
 is written with the control in **noise units**, w, the shift of the standard normal z:
 
@@ -13,9 +13,10 @@ sum (dw_n/dtheta)^T z_n.  For Euler-Maruyama w = sqrt(h) u.
 
 A step whose ``noisy`` is 0 has no noise, z_n = 0, while the control still acts:
 mixed ODE-SDE sampling.  An empty ``noisy`` stands for noise in every step.
-``denoiser`` holds (p, q, s) of the denoised prediction E[X_N | X_n = x] under the
-current control, p x + q base mean(x) + s w_n(x), and is empty where the process has
-no such closed form.
+``denoiser`` holds (p, q, s, alpha, beta): the denoised prediction E[X_N | X_n = x]
+under the current control is p x + q base mean(x) + s w_n(x), with G_n = (s / q) I, and
+its noising is X_n = alpha X_N + beta z.  Empty where the process has no such closed
+form.
 
 All arrays are C-contiguous and float64; backends cast them.  N = n_steps, d = dim,
 P = n_params.
@@ -36,7 +37,8 @@ class LinearTables(NamedTuple):
 
     base mean(x) = M_n x + c_n;   w_n(x) = K_n x + k_n;
     running cost of step n: 1/2 x^T F_n x (the step length is inside F_n);
-    reward r(x) = -1/2 x^T Q x + q^T x + r0;   X_0 = m_0 + L_0 z.
+    reward r(x) = -1/2 x^T Q x + q^T x + r0 - 1/4 sum_i c_i x_i^4;
+    X_0 = m_0 + L_0 z.
 
     The control is linear in theta and factorised over S spatial maps:
     dw_n/dtheta_p (x) = sum_s basis[p, s, n] (E_{s,n} x + e_{s,n}).
@@ -57,7 +59,8 @@ class LinearTables(NamedTuple):
     start_mean: Array  # (d,)   m_0
     start_factor: Array  # (d, d) L_0; zero for a fixed start
     noisy: Array = np.zeros(0)  # (N,) or empty
-    denoiser: Array = np.zeros((0, 3))  # (N, 3) or empty
+    denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
+    reward_quartic: Array = np.zeros(0)  # (d,) c, or empty for none
 
 
 class MixtureTables(NamedTuple):
@@ -87,10 +90,43 @@ class MixtureTables(NamedTuple):
     start_mean: Array  # (Ks, d)
     start_scale: Array  # (Ks, d)
     noisy: Array = np.zeros(0)  # (N,) or empty
-    denoiser: Array = np.zeros((0, 3))  # (N, 3) or empty
+    denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
 
 
-Tables = LinearTables | MixtureTables
+class SineTables(NamedTuple):
+    """Linear functions plus sines of linear functions (class N).
+
+    With the extended state y(x) = (x, sin(A x + b)), K sines, D = d + K:
+
+    base mean(x) = M_n y + c_n;   w_n(x) = K_n y + k_n;
+    running cost of step n: 1/2 x^T F_n x + f_n^T y + f0_n (the step length is inside);
+    reward r(x) = -1/2 x^T Q x + q^T y + r0;   X_0 = m_0 + L_0 z.
+
+    The control is linear in theta: dw_n/dtheta_p (x) = E_{p,n} y + e_{p,n}.
+    """
+
+    direction: Array  # (K, d)  A
+    phase: Array  # (K,)    b
+    transition: Array  # (N, d, D) M_n
+    offset: Array  # (N, d)     c_n
+    noise: Array  # (N, d, d)  G_n
+    gain: Array  # (N, d, D)  K_n
+    bias: Array  # (N, d)     k_n
+    gain_derivative: Array  # (P, N, d, D) E_{p,n}
+    bias_derivative: Array  # (P, N, d)    e_{p,n}
+    running_quadratic: Array  # (N, d, d) F_n, symmetric
+    running_linear: Array  # (N, D) f_n
+    running_constant: Array  # (N,)   f0_n
+    reward_quadratic: Array  # (d, d) Q, symmetric
+    reward_linear: Array  # (D,)   q
+    reward_constant: Array  # (1,)   r0
+    start_mean: Array  # (d,)   m_0
+    start_factor: Array  # (d, d) L_0; zero for a fixed start
+    noisy: Array = np.zeros(0)  # (N,) or empty
+    denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
+
+
+Tables = LinearTables | MixtureTables | SineTables
 
 
 def noise_mask(tables: Tables) -> Array:
@@ -101,7 +137,7 @@ def noise_mask(tables: Tables) -> Array:
 
 def start_states(tables: Tables, normals: Array, uniforms: Array) -> Array:
     """Return X_0 (d, n) from normals (d, n) and uniforms (n,) in (0, 1)."""
-    if isinstance(tables, LinearTables):
+    if not isinstance(tables, MixtureTables):
         return tables.start_mean[:, None] + tables.start_factor @ normals
     index = np.searchsorted(tables.start_cumulative, uniforms, side="right")
     index = np.minimum(index, len(tables.start_cumulative) - 1)

@@ -32,7 +32,14 @@ from numba.extending import (
     register_model,
 )
 
-from sdebench.simulate.elementary import exp_formula32, exp_formula64
+from sdebench.simulate.elementary import (
+    ROUND32,
+    ROUND64,
+    exp_formula32,
+    exp_formula64,
+    sincos32,
+    sincos64,
+)
 from sdebench.simulate.jit import OPTIONS, inline, inner, kernel
 
 PADDING = 16
@@ -41,6 +48,7 @@ LANES = 16
 """The block size must be a multiple of this (the lanes of float32)."""
 FLAGS = ("contract", "nsz")
 INDEX = ir.IntType(32)
+PER_TURN = 0.15915494309189535  # 1 / (2 pi)
 
 
 def instruction(function: Callable[..., Any]) -> Any:
@@ -237,6 +245,43 @@ def _exp_by_precision(x):  # type: ignore[no-untyped-def]
     if x.dtype == types.float64:
         return lambda x: _exp64(x)
     return lambda x: _exp32(x)
+
+
+_quarter64 = inline(sincos64)
+_quarter32 = inline(sincos32)
+
+
+@inline
+def _doubled_twice(s, c):  # type: ignore[no-untyped-def]
+    """Return sin and cos of four times an angle."""
+    s, c = 2.0 * s * c, 1.0 - 2.0 * s * s
+    return 2.0 * s * c, 1.0 - 2.0 * s * s
+
+
+@inline
+def _sincos64(x):  # type: ignore[no-untyped-def]
+    turns = x * PER_TURN
+    s, c = _quarter64(2.0 * (turns - ((turns + ROUND64) - ROUND64)))
+    return _doubled_twice(s, c)
+
+
+@inline
+def _sincos32(x):  # type: ignore[no-untyped-def]
+    turns = x * PER_TURN
+    s, c = _quarter32(2.0 * (turns - ((turns + ROUND32) - ROUND32)))
+    return _doubled_twice(s, c)
+
+
+def sincos(x: Any) -> Any:
+    """Sine and cosine of a vector of angles, to a few rounding errors of 1 + |x|."""
+    raise NotImplementedError
+
+
+@overload(sincos, jit_options=VECTOR_OPTIONS)
+def _sincos_by_precision(x):  # type: ignore[no-untyped-def]
+    if x.dtype == types.float64:
+        return lambda x: _sincos64(x)
+    return lambda x: _sincos32(x)
 
 
 BORROW: dict[str, Any] = {"_nrt": False} if hasattr(DefaultOptions, "_nrt") else {}

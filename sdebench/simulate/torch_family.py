@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdebench.simulate.tables import LinearTables, MixtureTables, Tables
+from sdebench.simulate.tables import (
+    LinearTables,
+    MixtureTables,
+    SineTables,
+    Tables,
+)
 
 
 class TorchFamily(Protocol):
@@ -109,10 +114,16 @@ class TorchLinear:
 
     def reward(self, x: Tensor) -> Tensor:
         quadratic = 0.5 * ((x @ self._t.reward_quadratic) * x).sum(1)
-        return self._t.reward_constant[0] + x @ self._t.reward_linear - quadratic
+        value = self._t.reward_constant[0] + x @ self._t.reward_linear - quadratic
+        if len(self._t.reward_quartic):
+            value = value - 0.25 * (x**4 @ self._t.reward_quartic)
+        return value
 
     def reward_gradient(self, x: Tensor) -> Tensor:
-        return self._t.reward_linear - x @ self._t.reward_quadratic
+        slope = self._t.reward_linear - x @ self._t.reward_quadratic
+        if len(self._t.reward_quartic):
+            slope = slope - self._t.reward_quartic * x**3
+        return slope
 
 
 class _LogQuadratics:
@@ -229,9 +240,77 @@ class TorchMixture:
         return _LogQuadratics(self._t.reward, x).score
 
 
+class TorchSine:
+    """`SineTables` in torch."""
+
+    def __init__(self, tables: SineTables, dtype: torch.dtype, device: str) -> None:
+        self._t: Any = SineTables._make(
+            torch.tensor(a, dtype=dtype, device=device) for a in tables
+        )
+        self.n_steps, self.dim = tables.offset.shape
+        self.n_params = len(tables.gain_derivative)
+
+    def _phase(self, x: Tensor) -> Tensor:
+        return x @ self._t.direction.T + self._t.phase
+
+    def _extended(self, x: Tensor) -> Tensor:
+        return torch.cat([x, torch.sin(self._phase(x))], dim=1)
+
+    def _pull(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return (dy/dx)^T v for v (n, d + K), or (d + K,) for all states."""
+        linear, sines = v[..., : self.dim], v[..., self.dim :]
+        return linear + (torch.cos(self._phase(x)) * sines) @ self._t.direction
+
+    def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
+        return self._t.start_mean + normals @ self._t.start_factor.T
+
+    def control(self, n: int, x: Tensor) -> Tensor:
+        return self._t.bias[n] + self._extended(x) @ self._t.gain[n].T
+
+    def base_mean(self, n: int, x: Tensor) -> Tensor:
+        return self._t.offset[n] + self._extended(x) @ self._t.transition[n].T
+
+    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+        return v @ self._t.noise[n].T
+
+    def noise_transpose(self, n: int, v: Tensor) -> Tensor:
+        return v @ self._t.noise[n]
+
+    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        return self._pull(x, v @ self._t.transition[n])
+
+    def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        return self._pull(x, v @ self._t.gain[n])
+
+    def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        t = self._t
+        maps = self._extended(x) @ t.gain_derivative[:, n].mT  # (P, n, d)
+        return ((maps + t.bias_derivative[:, n, None, :]) * v).sum(2).T
+
+    def running_cost(self, n: int, x: Tensor) -> Tensor:
+        t = self._t
+        quadratic = 0.5 * ((x @ t.running_quadratic[n]) * x).sum(1)
+        linear = self._extended(x) @ t.running_linear[n]
+        return quadratic + linear + t.running_constant[n]
+
+    def running_cost_gradient(self, n: int, x: Tensor) -> Tensor:
+        linear = self._pull(x, self._t.running_linear[n])
+        return x @ self._t.running_quadratic[n] + linear
+
+    def reward(self, x: Tensor) -> Tensor:
+        quadratic = 0.5 * ((x @ self._t.reward_quadratic) * x).sum(1)
+        linear = self._extended(x) @ self._t.reward_linear
+        return self._t.reward_constant[0] + linear - quadratic
+
+    def reward_gradient(self, x: Tensor) -> Tensor:
+        return self._pull(x, self._t.reward_linear) - x @ self._t.reward_quadratic
+
+
 def torch_family(tables: Tables, dtype: str, device: str) -> TorchFamily:
     """Return the torch functions of a table, in "float64" or "float32"."""
     torch_dtype = getattr(torch, dtype)
     if isinstance(tables, LinearTables):
         return TorchLinear(tables, torch_dtype, device)
-    return TorchMixture(tables, torch_dtype, device)
+    if isinstance(tables, MixtureTables):
+        return TorchMixture(tables, torch_dtype, device)
+    return TorchSine(tables, torch_dtype, device)

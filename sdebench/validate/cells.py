@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from sdebench import registry
 from sdebench.errors import NumericalError
 from sdebench.estimator import Estimator
-from sdebench.measure.cell import ROUNDING, Judge, make_request
+from sdebench.measure.cell import ROUNDING, Judge, Request, make_request, refusal
 from sdebench.measure.intervals import (
     bias_norm,
     rounding_tolerance,
@@ -22,7 +23,7 @@ from sdebench.measure.tails import tail_index, tail_size
 from sdebench.measure.workers import Settings, count_evaluations
 from sdebench.problem import POINTS, Problem
 from sdebench.simulate.tables import MixtureTables
-from sdebench.validate.sample import Sample, collect
+from sdebench.validate.sample import GROUP, Sample, collect
 from sdebench.validate.statistics import (
     credible,
     detectable_bias,
@@ -33,8 +34,6 @@ from sdebench.validate.statistics import (
 
 Array = NDArray[np.float64]
 
-GROUP = 64
-"""Paths of a replicate, for estimators that compare paths."""
 FEW = 16
 """Paths of a replicate where its bias is tested: a bias of order 1/n_paths is large."""
 PILOT_PATHS = 1024
@@ -133,7 +132,8 @@ def built_ins(estimator: Estimator) -> list[Estimator]:
         for options in default.variants:
             other = registry.estimator(name, **options)
             itself = type(other) is type(estimator) and other == estimator
-            if other.estimand == estimator.estimand and not itself:
+            plain = not other.has_target and other.group_size(GROUP) == 1
+            if other.estimand == estimator.estimand and plain and not itself:
                 found.append(other)
     return found
 
@@ -159,10 +159,19 @@ class CellTest:
         self, cell: ValidationCell, problem: Problem, estimator: Estimator
     ) -> None:
         self.cell, self.problem, self.estimator = cell, problem, estimator
-        self.request = make_request(
-            problem, point=cell.point, n_steps=cell.n_steps, dtype=cell.dtype
-        )
+        self.request = self._request()
         self.judge = Judge(self.request, estimator)
+
+    def _request(self) -> Request:
+        cell = self.cell
+        return make_request(
+            self.problem,
+            point=cell.point,
+            n_steps=cell.n_steps,
+            n_paths=GROUP,
+            dtype=cell.dtype,
+            backend=cell.backend,
+        )
 
     def _collect(
         self, estimators: Sequence[Estimator], n_paths: int, seed: int
@@ -226,7 +235,7 @@ class CellTest:
 
     def _log_scale(self) -> float:
         """Return the exact log Z, of the N-step chain if it is known."""
-        discrete, truth = self.judge.discrete, self.judge.truth
+        discrete, truth = self.judge.target, self.judge.truth
         return float((discrete if discrete is not None else truth)[0])  # type: ignore[index]
 
     def _opponents(self) -> tuple[Estimator | None, Estimator | None]:
@@ -235,13 +244,16 @@ class CellTest:
         The first has no more needs than the estimator; the second is needed where no
         exact answer of the N-step chain exists.  A pilot sample chooses both.
         """
-        others = [e for e in built_ins(self.estimator) if not e.not_applicable(GROUP)]
+        others = [
+            e for e in built_ins(self.estimator) if refusal(self.request, e) is None
+        ]
         allowed = self.estimator.needs if self.cell.compare else None
         equals = [e for e in others if allowed is not None and e.needs <= allowed]
-        exact = self.judge.discrete is not None
+        # A surrogate without an exact value has no stand-in either.
+        exact = self.judge.target is not None or self.estimator.has_target
         unbiased = [e for e in others if e.declared_bias == "none"]
         wanted = list(dict.fromkeys(equals + ([] if exact else unbiased)))
-        wanted = [e for e in wanted if self.cell.backend == "torch" or e.block_kernel]
+        wanted = [e for e in wanted if self.cell.backend in e.backends]
         if not wanted:
             return None, None
         seed = self.cell.noise_seed ^ 1
@@ -268,7 +280,7 @@ class CellTest:
     def _bias(self, own: Sample, reference: Sample | None) -> dict[str, Any]:
         """Return the estimator's own bias, its test and what the test could find."""
         log = own.estimator.reduction == "log_mean_exp"
-        truth, discrete = self.judge.truth, self.judge.discrete
+        truth, discrete = self.judge.truth, self.judge.target
         scale = 1.0 if log else self.judge.scale
         if log:
             samples, group = _weights(own, self._log_scale()), 1
@@ -336,8 +348,11 @@ class CellTest:
         if any(e.declared_bias == "1/n_paths" for e in estimators):
             return GROUP
         if all(e.independent for e in estimators):
-            return 1
-        return GROUP if any(e.not_applicable(FEW) for e in estimators) else FEW
+            return math.lcm(*(e.group_size(GROUP) for e in estimators))
+        few = all(e.refusal(FEW, self.cell.backend) is None for e in estimators)
+        return (
+            FEW if few and all(e.group_size(GROUP) == 1 for e in estimators) else GROUP
+        )
 
     def _samples(self, sample: Sample, group: int) -> Array:
         """Return independent samples (n, P), each of ``group`` paths.
@@ -377,7 +392,8 @@ class CellTest:
             log_scale = float(np.median(own.rows[0]))
             first, second = (_weights(s, log_scale) for s in (own, other))
         elif own.estimator.independent and other.estimator.independent:
-            first, second = own.rows.T, other.rows.T
+            group = self._group([own.estimator, other.estimator])
+            first, second = self._samples(own, group), self._samples(other, group)
         else:
             first, second = own.values(GROUP), other.values(GROUP)
         ratio = variance_ratio(first, second)

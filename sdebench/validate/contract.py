@@ -7,19 +7,31 @@ independent samples; what compares paths belongs into `combine`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from sdebench.errors import unknown
+from sdebench.composite import CompositeEstimator
+from sdebench.errors import NotApplicableError, unknown
 from sdebench.estimator import Estimator
-from sdebench.measure.workers import CONTROLS, NumbaWorker
+from sdebench.measure.workers import (
+    CONTROLS,
+    GRID_SHIFT,
+    NumbaWorker,
+    Settings,
+    make_tables,
+    make_worker,
+)
 from sdebench.problem import ESTIMANDS, Problem
 from sdebench.simulate.noise import split_seed
 from sdebench.validate.report import FAILED, PASSED, SKIPPED, Check
-from sdebench.validate.sample import collect, settings_of
+from sdebench.validate.sample import GROUP as COUPLED
+from sdebench.validate.sample import collect
 from sdebench.view import NEEDS, Rollout, View
 
 N_PATHS, N_STEPS = 8, 6
@@ -34,7 +46,9 @@ ALLOWED = {
 }
 """What an estimator may declare."""
 KERNEL_PATHS = 300
-"""Neither a multiple of a block nor of a vector."""
+"""Neither a multiple of a block nor of a vector; rounded up to whole groups."""
+COMPOSITE_AGREEMENT = 1e-7
+"""The same for estimators that may subtract nearly equal costs."""
 AGREEMENT = {"float64": 1e-11, "float32": 1e-4}
 """Difference allowed between backends, relative to the largest statistic of a row."""
 
@@ -47,28 +61,41 @@ def _view(
     first_path: int = 0,
     n_paths: int = N_PATHS,
 ) -> View:
-    times = problem.time_grid(N_STEPS)
-    tables, settings = settings_of(
-        problem,
-        estimator,
-        problem.theta("halfway"),
-        times,
+    settings = _settings(problem, n_paths, "torch", dtype, device)
+    tables, other, theta = make_tables(problem, estimator, settings)
+    options: dict[str, Any] = {
+        "key": split_seed(settings.seed),
+        "replicate": 0,
+        "first_path": first_path,
+        "n_paths": n_paths,
+        "dtype": dtype,
+        "device": device,
+    }
+    beside = None if other is None else View(other, settings.times, None, **options)
+    return View(tables, settings.times, theta, other=beside, **options)
+
+
+def _settings(
+    problem: Problem, n_paths: int, backend: str, dtype: str, device: str = "cpu"
+) -> Settings:
+    return Settings(
+        times=problem.time_grid(N_STEPS),
+        theta=problem.theta("halfway"),
         n_paths=n_paths,
-        backend="torch",
+        backend=backend,
         dtype=dtype,
         device=device,
+        seed=11,
     )
-    return View(
-        tables,
-        times,
-        settings.theta,
-        key=split_seed(11),
-        replicate=0,
-        first_path=first_path,
-        n_paths=n_paths,
-        dtype=dtype,
-        device=device,
-    )
+
+
+def enough_paths(estimator: Estimator, least: int) -> int:
+    """Return the fewest paths that the estimator takes, of a few, from ``least`` on."""
+    unit = estimator.group_size(least)
+    for n_paths in (least, -(-least // unit) * unit, 32, 64, 256, 1024):
+        if n_paths >= least and estimator.refusal(n_paths, "torch") is None:
+            return n_paths
+    raise NotApplicableError(str(estimator.not_applicable(least)))
 
 
 def _evaluate(estimator: Estimator, view: View) -> torch.Tensor:
@@ -92,21 +119,20 @@ def contract_checks(
     if message := _declarations(estimator):
         yield Check(name="interface", status=FAILED, message=message)
         return
-    view = _view(problem, estimator, dtype)
+    if isinstance(estimator, CompositeEstimator):
+        yield from _composite_checks(estimator, problem, dtype)
+        return
+    n_paths = enough_paths(estimator, N_PATHS)
+    view = _view(problem, estimator, dtype, n_paths=n_paths)
     paths = view.rollout()
     before, times = _copy(paths), view.times.copy()
     theta = None if view.theta is None else view.theta.copy()
     rows = _evaluate(estimator, view)
-    if message := _shape(estimator, problem, rows):
+    if message := _shape(estimator, problem, rows, n_paths):
         yield Check(name="interface", status=FAILED, message=message)
         return
     yield Check(name="interface", status=PASSED, message=f"rows {tuple(rows.shape)}")
-    yield _verdict(
-        "finite",
-        bool(torch.isfinite(rows).all()),
-        f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} statistics are NaN or "
-        "infinite",
-    )
+    yield _finite(rows)
     yield _verdict(
         "dtype",
         rows.dtype == view.dtype and not rows.requires_grad,
@@ -135,6 +161,30 @@ def contract_checks(
     yield _combine(estimator, problem, rows)
 
 
+def _composite_checks(
+    estimator: CompositeEstimator, problem: Problem, dtype: str
+) -> Iterator[Check]:
+    """Yield what can be checked of an estimator that sees no view."""
+    n_paths = enough_paths(estimator, N_PATHS)
+
+    def rows() -> torch.Tensor:
+        settings = _settings(problem, n_paths, "torch", dtype)
+        worker = make_worker(problem, [estimator], settings)
+        found, _, _ = worker.block(0, N_STEPS << GRID_SHIFT, n_paths)
+        return torch.tensor(found[0].T)
+
+    first = rows()
+    if message := _shape(estimator, problem, first, n_paths):
+        yield Check(name="interface", status=FAILED, message=message)
+        return
+    yield Check(name="interface", status=PASSED, message=f"rows {tuple(first.shape)}")
+    yield _finite(first)
+    with _other_random_numbers():
+        again = rows()
+    yield _same(first, again)
+    yield _combine(estimator, problem, first)
+
+
 def _declarations(estimator: Estimator) -> str:
     """Return what is wrong with what the estimator declares, or ""."""
     for name, allowed in ALLOWED.items():
@@ -157,12 +207,23 @@ def _verdict(name: str, passed: bool, message: str) -> Check:
     return Check(name=name, status=FAILED, message=message)
 
 
-def _shape(estimator: Estimator, problem: Problem, rows: Any) -> str:
+def _finite(rows: torch.Tensor) -> Check:
+    return _verdict(
+        "finite",
+        bool(torch.isfinite(rows).all()),
+        f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} statistics are NaN or "
+        "infinite",
+    )
+
+
+def _shape(
+    estimator: Estimator, problem: Problem, rows: Any, n_paths: int = N_PATHS
+) -> str:
     """Return what is wrong with the value of `statistics`, or ""."""
     if not isinstance(rows, torch.Tensor):
         return f"statistics returned {type(rows).__name__}, not a torch.Tensor"
     log = estimator.reduction == "log_mean_exp"
-    wanted = (N_PATHS, 1 if log else estimator.n_statistics(problem.n_params))
+    wanted = (n_paths, 1 if log else estimator.n_statistics(problem.n_params))
     if tuple(rows.shape) != wanted:
         return (
             f"statistics returned shape {tuple(rows.shape)}; expected {wanted}, one "
@@ -175,15 +236,26 @@ def _deterministic(
     estimator: Estimator, problem: Problem, dtype: str, rows: torch.Tensor
 ) -> Check:
     """Evaluate the same block again with other global random numbers."""
+    with _other_random_numbers():
+        view = _view(problem, estimator, dtype, n_paths=len(rows))
+        again = _evaluate(estimator, view)
+    return _same(rows, again)
+
+
+@contextmanager
+def _other_random_numbers() -> Iterator[None]:
     state = torch.get_rng_state()
     numpy_state = np.random.get_state()  # noqa: NPY002 (it is the global one we mean)
     try:
         torch.manual_seed(12345)
         np.random.seed(12345)  # noqa: NPY002
-        again = _evaluate(estimator, _view(problem, estimator, dtype))
+        yield
     finally:
         torch.set_rng_state(state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _same(rows: torch.Tensor, again: torch.Tensor) -> Check:
     return _verdict(
         "deterministic",
         torch.equal(torch.nan_to_num(rows), torch.nan_to_num(again)),
@@ -195,13 +267,17 @@ def _deterministic(
 def _blocks(
     estimator: Estimator, problem: Problem, dtype: str, rows: torch.Tensor
 ) -> Check:
+    count = math.lcm(estimator.group_size(len(rows)), GROUP)
+    if count >= len(rows):
+        message = "it couples all paths of a replicate: nothing to compare"
+        return Check(name="paths_independent", status=SKIPPED, message=message)
     parts = [
-        _evaluate(estimator, _view(problem, estimator, dtype, "cpu", first, GROUP))
-        for first in range(0, N_PATHS, GROUP)
+        _evaluate(estimator, _view(problem, estimator, dtype, "cpu", first, count))
+        for first in range(0, len(rows), count)
     ]
-    if any(part.shape != (GROUP, rows.shape[1]) for part in parts):
+    if any(part.shape[1:] != rows.shape[1:] for part in parts):
         shape = tuple(parts[0].shape)
-        return _verdict("paths_independent", False, f"{GROUP} paths gave rows {shape}")
+        return _verdict("paths_independent", False, f"{count} paths gave rows {shape}")
     joined = torch.cat(parts).detach()
     # Batches of another size are summed in another order: rounding, no more.
     scale = float(torch.nan_to_num(rows).abs().max()) + 1.0
@@ -231,7 +307,7 @@ def _combine(estimator: Estimator, problem: Problem, rows: torch.Tensor) -> Chec
     if estimator.reduction == "log_mean_exp":
         return _verdict("combine", True, "")
     mean = rows.double().numpy().mean(axis=0)
-    value = np.asarray(estimator.combine(mean, N_PATHS), dtype=np.float64)
+    value = np.asarray(estimator.combine(mean, len(rows)), dtype=np.float64)
     log = estimator.estimand == "log_normalizer"
     wanted = (1,) if log else (problem.n_params,)
     finite = bool(np.isfinite(value).all()) or not bool(torch.isfinite(rows).all())
@@ -245,7 +321,7 @@ def _combine(estimator: Estimator, problem: Problem, rows: torch.Tensor) -> Chec
 
 def device_check(estimator: Estimator, problem: Problem) -> Check:
     """Run the same torch code on an accelerator, if there is one."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or isinstance(estimator, CompositeEstimator):
         message = "no CUDA device here: not tested"
         return Check(name="accelerator", status=SKIPPED, message=message)
     rows = _evaluate(estimator, _view(problem, estimator, "float64", "cuda"))
@@ -258,8 +334,14 @@ def device_check(estimator: Estimator, problem: Problem) -> Check:
 
 def kernel_check(estimator: Estimator, problem: Problem, dtype: str) -> Check:
     """Compare the numba kernel with the torch function path by path."""
+    composite = isinstance(estimator, CompositeEstimator)
+    if composite and dtype == "float32":
+        message = "a composite estimator may subtract nearly equal numbers"
+        return Check(name="kernel_agrees", status=SKIPPED, message=message)
     theta, times = problem.theta("halfway"), problem.time_grid(N_STEPS + 1)
-    options: dict[str, Any] = {"n_paths": KERNEL_PATHS, "dtype": dtype, "seed": 5}
+    coupled = estimator.group_size(COUPLED) > 1
+    n_paths = -(-KERNEL_PATHS // COUPLED) * COUPLED if coupled else KERNEL_PATHS
+    options: dict[str, Any] = {"n_paths": n_paths, "dtype": dtype, "seed": 5}
 
     def rows(backend: str) -> np.ndarray:
         (sample,) = collect(
@@ -267,7 +349,9 @@ def kernel_check(estimator: Estimator, problem: Problem, dtype: str) -> Check:
         )
         return sample.rows
 
-    if changed := _changed_input(estimator, problem, theta, times, options):
+    if not composite and (
+        changed := _changed_input(estimator, problem, theta, times, options)
+    ):
         return _verdict("kernel_agrees", False, f"the kernel wrote into {changed}")
     ours, theirs = rows("numba"), rows("torch")
     if not np.isfinite(ours).all():
@@ -277,7 +361,7 @@ def kernel_check(estimator: Estimator, problem: Problem, dtype: str) -> Check:
     worst = int(np.argmax(gap.max(axis=1)))
     return _verdict(
         "kernel_agrees",
-        bool(gap.max() <= AGREEMENT[dtype]),
+        bool(gap.max() <= (COMPOSITE_AGREEMENT if composite else AGREEMENT[dtype])),
         f"kernel and torch function differ by {gap.max():.2g} of the largest value in "
         f"statistic {worst}, on the same paths ({dtype})",
     )
@@ -291,11 +375,12 @@ def _changed_input(
     options: dict[str, Any],
 ) -> str:
     """Return the name of an input that the kernel wrote into, or ""."""
-    tables, settings = settings_of(
-        problem, estimator, theta, times, backend="numba", **options
+    settings = Settings(
+        theta=theta, times=times, backend="numba", device="cpu", **options
     )
-    worker = NumbaWorker(tables, [estimator], settings)
-    clean = NumbaWorker(tables, [], settings)
+    worker: Any = make_worker(problem, [estimator], settings)
+    tables, _, used = make_tables(problem, estimator, settings)
+    clean = NumbaWorker(tables, [], replace(settings, theta=used))
     count = min(settings.n_paths, worker.size)
     worker.block(0, 0, count)
     clean.block(0, 0, count)

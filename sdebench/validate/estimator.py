@@ -327,7 +327,8 @@ class _Run:
     ) -> tuple[list[dict[str, Any]], str]:
         """Run all tasks; return the statistical rows and the backend behind them."""
         first: list[Any] = [ContractTask(spec) for spec in problems]
-        kernels = [KernelTask(spec) for spec in problems if built.block_kernel]
+        both = "numba" in built.backends
+        kernels = [KernelTask(spec) for spec in problems if both]
 
         def statistics(problems: Mapping[str, Problem], backend: str) -> list[Any]:
             cells = plan(

@@ -49,6 +49,12 @@ def has_chain(problem: Problem) -> bool:
     return problem.truth.answer("log_normalizer", "zero", 2) is not None
 
 
+def _require_optimum(problem: Problem) -> None:
+    """Raise `NotApplicableError` where paths under u* cannot be simulated."""
+    if not problem.family_holds_optimum:
+        raise NotApplicableError("the control family does not hold u*")
+
+
 def log_mean(values: Array) -> tuple[float, float, float]:
     """Return the log of the mean of exp(values), its SE, and the effective size."""
     shift = values.max()
@@ -158,6 +164,7 @@ def check_optimal_law(
     alarm: float,
 ) -> Comparison:
     """Mean and covariance of X_T under u* against truth.tilted_marginal(T)."""
+    _require_optimum(problem)
     law = problem.truth.tilted_marginal(problem.time_span[1])
     mean, covariance = law.mean(), law.covariance()
     upper = np.triu_indices(problem.dim)
@@ -191,6 +198,7 @@ def check_log_weights(
     paths is known to 2 %, on a factor 8 of h: 0.1 covers both.  ``faster`` is how much
     greater the order may be, as it is where terms of order 1 still dominate.
     """
+    _require_optimum(problem)
     x = starts(problem, n_paths, seed)
     start = problem.time_span[0]
     value = problem.truth.value(x, start)

@@ -11,7 +11,12 @@ from scipy.special import logsumexp
 from sdebench.closed_form import log_quadratics as lq
 from sdebench.errors import NotApplicableError
 from sdebench.problem import Problem
-from sdebench.simulate.tables import LinearTables, MixtureTables, Tables
+from sdebench.simulate.tables import (
+    LinearTables,
+    MixtureTables,
+    SineTables,
+    Tables,
+)
 from sdebench.validate.problem_checks import (
     Array,
     Comparison,
@@ -32,10 +37,45 @@ def table_step(tables: Tables, n: int, x: Array) -> tuple[Array, Array, Array]:
             tables.noise[n],
             x @ tables.gain[n].T + tables.bias[n],
         )
+    if isinstance(tables, SineTables):
+        y = _extended(tables, x)
+        return (
+            y @ tables.transition[n].T + tables.offset[n],
+            tables.noise[n],
+            y @ tables.gain[n].T + tables.bias[n],
+        )
     base = _score(tables.base[n], x)
     mean = tables.scale[n] * x + tables.offset[n] + tables.base_gain[n] * base
     w = tables.control_gain[n] * (_score(tables.tilted[n], x) - base)
     return mean, tables.noise[n] * np.eye(x.shape[1]), w
+
+
+def _extended(tables: SineTables, x: Array) -> Array:
+    """Return y (m, d + K) of the states x."""
+    return np.hstack([x, np.sin(x @ tables.direction.T + tables.phase)])
+
+
+def table_running_cost(tables: Tables, n: int, x: Array) -> Array:
+    """Return the running cost of step n (m,), its length included."""
+    if isinstance(tables, MixtureTables):
+        return np.zeros(len(x))
+    if isinstance(tables, LinearTables):
+        return 0.5 * np.einsum("ni,ij,nj->n", x, tables.running[n], x)
+    linear = _extended(tables, x) @ tables.running_linear[n]
+    quadratic = np.einsum("ni,ij,nj->n", x, tables.running_quadratic[n], x)
+    return 0.5 * quadratic + linear + tables.running_constant[n]
+
+
+def table_reward(tables: Tables, x: Array) -> Array:
+    """Return r (m,)."""
+    if isinstance(tables, MixtureTables):
+        return lq.log_value(tables.reward, x)
+    y = x if isinstance(tables, LinearTables) else _extended(tables, x)
+    quadratic = np.einsum("ni,ij,nj->n", x, tables.reward_quadratic, x)
+    value = y @ tables.reward_linear - 0.5 * quadratic + tables.reward_constant
+    if isinstance(tables, LinearTables) and len(tables.reward_quartic):
+        value = value - 0.25 * x**4 @ tables.reward_quartic
+    return value
 
 
 def _softmax(rows: Array, x: Array) -> tuple[Array, Array]:
@@ -79,16 +119,11 @@ def check_tables(
             scale = 1e-3 + np.max(np.abs(wanted))
             what = f"tables at step {n} against {name}"
             found.append(require(np.abs(got - wanted) / scale, tolerance, what))
-        if isinstance(tables, LinearTables):
-            cost = 0.5 * np.einsum("ni,ij,nj->n", x, tables.running[n], x)
-            error = np.abs(cost - h * problem.running_cost(x, t)).max()
-            limit = tolerance * (1 + np.abs(cost).max())
-            found.append(require(error, limit, f"running cost in the tables, step {n}"))
-    if isinstance(tables, LinearTables):
-        reward = -0.5 * np.einsum("ni,ij,nj->n", x, tables.reward_quadratic, x)
-        reward = reward + x @ tables.reward_linear + tables.reward_constant
-    else:
-        reward = lq.log_value(tables.reward, x)
+        cost = table_running_cost(tables, n, x)
+        error = np.abs(cost - h * problem.running_cost(x, t)).max()
+        limit = tolerance * (1 + np.abs(cost).max())
+        found.append(require(error, limit, f"running cost in the tables, step {n}"))
+    reward = table_reward(tables, x)
     wanted = problem.reward(x)
     error = np.abs(reward - wanted) / (1 + np.abs(wanted))
     return closest([*found, require(error, tolerance, "reward in the tables")])
@@ -114,20 +149,22 @@ def check_parameter_tables(
         def control(s: float, n: int = n, unit: Array = unit) -> Array:
             return table_step(problem.tables(theta + s * unit, times, scheme), n, x)[2]
 
-        if isinstance(tables, LinearTables):
-            basis = tables.basis[p, :, n]
-            gain = np.einsum("s,sij->ij", basis, tables.feature_gain[:, n])
-            got = x @ gain.T + basis @ tables.feature_bias[:, n]
-        else:
-            got = _control_derivative(tables, n, p, x)
+        got = _control_derivative(tables, n, p, x)
         wanted = derivative(control, step)
         error = np.abs(got - wanted) / (1e-2 + np.max(np.abs(wanted)))
         found.append(require(error, tolerance, f"dw/dtheta_{p} at step {n}"))
     return closest(found)
 
 
-def _control_derivative(tables: MixtureTables, n: int, p: int, x: Array) -> Array:
-    """Return dw_n/dtheta_p (m, d) of tilted mixtures."""
+def _control_derivative(tables: Tables, n: int, p: int, x: Array) -> Array:
+    """Return dw_n/dtheta_p (m, d)."""
+    if isinstance(tables, LinearTables):
+        basis = tables.basis[p, :, n]
+        gain = np.einsum("s,sij->ij", basis, tables.feature_gain[:, n])
+        return x @ gain.T + basis @ tables.feature_bias[:, n]
+    if isinstance(tables, SineTables):
+        gain = tables.gain_derivative[p, n]
+        return _extended(tables, x) @ gain.T + tables.bias_derivative[p, n]
     d = x.shape[1]
     change = tables.tilted_derivative[p, n]
     gamma, slopes = _softmax(tables.tilted[n], x)
@@ -140,12 +177,18 @@ def _control_derivative(tables: MixtureTables, n: int, p: int, x: Array) -> Arra
 
 
 def check_exponential_scheme(problem: Problem, tolerance: float = 1e-12) -> Comparison:
-    """Two half steps of the linear part compose to one whole step, noise included."""
+    """Two half steps of the linear part compose to one whole step, noise included.
+
+    Raises
+    ------
+    NotApplicableError
+        If the problem has no such scheme.
+    """
     coarse = problem.time_grid(4)
     fine = np.sort(np.concatenate([coarse, 0.5 * (coarse[1:] + coarse[:-1])]))
     zero = problem.theta("zero")
     try:
-        whole = problem.tables(zero, coarse, "exponential")
+        whole: Any = problem.tables(zero, coarse, "exponential")
         parts: Any = problem.tables(zero, fine, "exponential")
     except np.linalg.LinAlgError:
         raise NotApplicableError(

@@ -18,13 +18,15 @@ from scipy.special import logsumexp
 from sdebench.estimator import Estimator
 from sdebench.measure.workers import (
     Settings,
-    make_tables,
     make_worker,
     shared_paths,
 )
 from sdebench.problem import Problem
 
 Array = NDArray[np.float64]
+
+GROUP = 64
+"""Paths of a replicate, for estimators that compare or couple the paths of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,35 +60,9 @@ class Sample:
     def contributions(self, group: int) -> tuple[Array, int]:
         """Return independent samples (n, P) of the estimate, and the paths of each."""
         size = self.estimator.group_size(group)
-        if self.estimator.independent and size == 1:
-            return self.rows.T, 1
+        if self.estimator.independent:
+            return (self.rows.T, 1) if size == 1 else (self.values(size), size)
         return self.values(group), group
-
-
-def settings_of(
-    problem: Problem,
-    estimator: Estimator,
-    theta: Array,
-    times: Array,
-    *,
-    n_paths: int,
-    backend: str,
-    dtype: str,
-    device: str = "cpu",
-    seed: int = 0,
-) -> tuple[Any, Settings]:
-    """Return the coefficient tables that an estimator simulates, and the settings."""
-    settings = Settings(
-        times=times,
-        theta=theta,
-        n_paths=n_paths,
-        backend=backend,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )
-    tables, _, used = make_tables(problem, estimator, settings)
-    return tables, replace(settings, theta=used)
 
 
 def collect(
@@ -104,19 +80,23 @@ def collect(
     options : n_paths, backend, dtype, device, seed as in `Settings`.
     """
     found: dict[int, Sample] = {}
-    settings = Settings(theta=theta, times=times, **{"device": "cpu"} | options)
+    given: dict[str, Any] = {"device": "cpu", "seed": 0} | options
+    whole = Settings(theta=theta, times=times, **given)
     groups: dict[Hashable, list[int]] = {}
     for i, estimator in enumerate(estimators):
-        key = shared_paths(estimator, len(times) - 1, settings.n_paths)
+        key = shared_paths(estimator, len(times) - 1, GROUP)
         groups.setdefault(key, []).append(i)
     for mine in groups.values():
+        coupled = estimators[mine[0]].group_size(GROUP) > 1
+        # What couples paths couples those of a replicate: replicates of GROUP paths.
+        settings = replace(whole, n_paths=GROUP) if coupled else whole
         worker = make_worker(problem, [estimators[i] for i in mine], settings)
         if settings.backend == "numba":  # compile or load outside the clock
             worker.block(0, 0, min(settings.n_paths, worker.size))
         parts: list[list[Array]] = [[] for _ in mine]
         shared, own = 0.0, np.zeros(len(mine))
-        for first in range(0, settings.n_paths, worker.size):
-            count = min(worker.size, settings.n_paths - first)
+        for first in range(0, whole.n_paths, worker.size):
+            count = min(worker.size, whole.n_paths - first)
             rows, forward, spent = worker.block(0, first, count)
             shared += forward
             own += spent

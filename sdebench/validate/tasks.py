@@ -10,7 +10,7 @@ from typing import Any
 from sdebench import registry
 from sdebench.errors import NotApplicableError
 from sdebench.estimator import Estimator
-from sdebench.measure.cell import DTYPES
+from sdebench.measure.cell import DTYPES, make_request, refusal
 from sdebench.problem import Problem
 from sdebench.validate.cells import (
     GROUP,
@@ -18,6 +18,7 @@ from sdebench.validate.cells import (
     ValidationCell,
     built_ins,
 )
+from sdebench.validate.contract import N_STEPS as CONTRACT_STEPS
 from sdebench.validate.contract import contract_checks, device_check, kernel_check
 from sdebench.validate.report import Check
 from sdebench.validate.sample import collect
@@ -29,9 +30,11 @@ def problem_of(spec: str) -> Problem:
     return registry.problem(spec)
 
 
-def _refuse(estimator: Estimator) -> None:
-    reason = estimator.not_applicable(GROUP)
-    if reason:
+def _refuse(
+    estimator: Estimator, problem: Problem, n_steps: int, backend: str = "torch"
+) -> None:
+    request = make_request(problem, n_steps=n_steps, n_paths=GROUP, backend=backend)
+    if reason := refusal(request, estimator):
         raise NotApplicableError(reason)
 
 
@@ -46,8 +49,8 @@ class ContractTask:
 
     def __call__(self, estimator: Estimator) -> list[tuple[str, Check]]:
         """Return the checks with the precision they were made at."""
-        _refuse(estimator)
         problem = problem_of(self.problem)
+        _refuse(estimator, problem, CONTRACT_STEPS)
         found = [
             (dtype, check)
             for dtype in DTYPES
@@ -71,8 +74,8 @@ class KernelTask:
 
     def __call__(self, estimator: Estimator) -> list[tuple[str, Check]]:
         """Return one check for each precision."""
-        _refuse(estimator)
         problem = problem_of(self.problem)
+        _refuse(estimator, problem, CONTRACT_STEPS + 1)
         return [(d, kernel_check(estimator, problem, d)) for d in DTYPES]
 
     def __str__(self) -> str:
@@ -93,7 +96,8 @@ class CompileTask:
     def __call__(self, estimator: Estimator) -> None:
         """Run every kernel once."""
         problem = problem_of(self.problem)
-        others = [e for e in built_ins(estimator) if e.block_kernel]
+        request = make_request(problem, n_steps=2, n_paths=GROUP)
+        others = [e for e in built_ins(estimator) if refusal(request, e) is None]
         collect(
             problem,
             [estimator, *others],
@@ -129,8 +133,8 @@ class StatisticsTask:
 
     def __call__(self, estimator: Estimator) -> dict[str, Any]:
         """Return the cell's row."""
-        _refuse(estimator)
         problem = problem_of(self.cell.problem)
+        _refuse(estimator, problem, self.cell.n_steps, self.cell.backend)
         return CellTest(self.cell, problem, estimator).row()
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import dataclass
@@ -13,19 +14,18 @@ import pandas as pd
 import pytest
 
 from sdebench import claims
-from sdebench.claims._claim import (
+from sdebench.claims._claim import Check, Claim
+from sdebench.claims._page import requirement, run, text_of, write_page
+from sdebench.cli import main
+from sdebench.errors import ResultsError, SDEBenchError, UnknownNameError
+from sdebench.experiments.experiment import (
     ERROR_RATE,
-    Check,
-    Claim,
     columns,
     interval_of,
     records,
     signed,
 )
-from sdebench.claims._measuring import distance
-from sdebench.claims._page import requirement, run, text_of, write_page
-from sdebench.cli import main
-from sdebench.errors import ResultsError, SDEBenchError, UnknownNameError
+from sdebench.experiments.measuring import distance
 from sdebench.measure.intervals import Interval
 from sdebench.registry import problem
 
@@ -322,7 +322,7 @@ def test_an_unknown_name_is_a_users_error(capsys):
 
 
 def test_a_file_with_two_claims_is_refused(monkeypatch):
-    module = claims.importlib.import_module("sdebench.claims.lean_adjoint")
+    module = importlib.import_module("sdebench.claims.lean_adjoint")
     second = type("Second", (Toy,), {"__module__": module.__name__})
     monkeypatch.setattr(module, "Second", second, raising=False)
     with pytest.raises(SDEBenchError, match="2 subclasses of Claim"):

@@ -1,4 +1,4 @@
-"""What the figures of several claims share."""
+"""What the figures of several experiments share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements that several claims share."""
+"""Measurements that several experiments share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from sdebench import registry
-from sdebench.claims._claim import LEVEL
+from sdebench.experiments.experiment import LEVEL
 from sdebench.measure.engine import Simulation, check_finite
 from sdebench.measure.intervals import Interval, bias_norm, t_quantile
 from sdebench.measure.moments import Moments
@@ -31,12 +31,16 @@ def n_threads() -> int:
 
 
 def exact_chain_problems() -> list[Problem]:
-    """Return the problems whose N-step chain has an exact gradient."""
+    """Return the problems whose N-step chain has an exact gradient, and u* in reach.
+
+    Where the control family does not hold u*, its best member is no optimum.
+    """
     problems = map(registry.problem, registry.problem_names())
     return [
         problem
         for problem in problems
-        if problem.truth.answer("gradient", "optimum", 1) is not None
+        if problem.family_holds_optimum
+        and problem.truth.answer("gradient", "optimum", 1) is not None
     ]
 
 
@@ -49,7 +53,7 @@ def gradient_scale(problem: Problem, point: str) -> float:
 def sample(
     problem: Problem,
     estimators: Sequence[str],
-    point: str,
+    point: str | Sequence[float],
     n_steps: int,
     n_replicates: int,
     seed: int,
@@ -81,6 +85,14 @@ def sample(
         else:
             found.append((accumulator.values.finalize(), N_PATHS))
     return found
+
+
+def mean_interval(moments: Moments, level: float) -> Interval:
+    """Return the mean of a single component with its interval."""
+    error = float(np.sqrt(moments.trace / moments.n))
+    reach = t_quantile(level, moments.n - 1) * error
+    value = float(moments.mean[0])
+    return Interval(value, value - reach, value + reach)
 
 
 def distance(
