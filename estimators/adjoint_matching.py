@@ -18,6 +18,9 @@ control as well,
 and this is the costate of `pathwise`: the gradient of its loss is the pathwise gradient
 of J_N, path by path.
 
+Where theta moves the law of X_0 as well, its part is (dX_0/dtheta)^T a_0 plus the
+derivative of the relative entropy to the base process's law.
+
 References
 ----------
 C. Domingo-Enrich, M. Drozdzal, B. Karrer, R. T. Q. Chen, "Adjoint matching", ICLR 2025,
@@ -70,6 +73,8 @@ def block_kernel(
             primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
         primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
         A, NEXT = NEXT, A
+    primitives.start_cost_gradient(prepared, work, 1.0, OUT, B)
+    primitives.start_parameter_vjp(prepared, work, X[0], A, OUT, B)
 
 
 ADJOINTS = {"lean": "matching_gradient", "full": "gradient"}
@@ -130,6 +135,10 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
         return self.adjoint == "full"
 
     @property
+    def handles_initial_law(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return (self._full,)
 
@@ -144,4 +153,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
             adjoint = view.base_vjp(n, x, adjoint) + view.running_cost_gradient(n, x)
             if self._full:
                 adjoint = adjoint + view.control_vjp(n, x, residual)
+        if view.has_start_parameters:
+            gradient = gradient + view.start_cost_gradient()
+            gradient = gradient + view.start_parameter_vjp(paths.states[0], adjoint)
         return gradient

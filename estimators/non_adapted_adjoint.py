@@ -9,6 +9,8 @@ gives the costate phi_n, and the gradient is that of adjoint matching with phi_{
 for a_{n+1}.  It is what time-reversed BSDEs are compared with: the same regression
 with noisier labels.
 
+Where theta moves the law of X_0 as well, phi_0(X_0) gives its part.
+
 References
 ----------
 The comparator "PNAA" of Y. Mei, A. Taghvaei, arXiv:2603.20455.
@@ -75,6 +77,11 @@ def block_kernel(
         primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
         primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
         A, NEXT = NEXT, A
+    if primitives.has_start_parameters(prepared):
+        coefficients = fit_slice(X[0], A, count, factors, mean, scale)
+        fill_values(X[0], count, factors, mean, scale, coefficients, phi)
+        primitives.start_cost_gradient(prepared, work, 1.0, OUT, B)
+        primitives.start_parameter_vjp(prepared, work, X[0], phi, OUT, B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +128,10 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
         return "any"
 
     @property
+    def handles_initial_law(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return (self.degree,)
 
@@ -142,4 +153,9 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
             direction = paths.controls[n] + view.noise_transpose(n, phi)
             gradient = gradient + view.control_parameter_vjp(n, x, direction)
             adjoint = view.base_vjp(n, x, adjoint) + view.running_cost_gradient(n, x)
+        if view.has_start_parameters:
+            x = paths.states[0]
+            phi = Slice.fit(x, adjoint, self.degree)(x)
+            gradient = gradient + view.start_cost_gradient()
+            gradient = gradient + view.start_parameter_vjp(x, phi)
         return gradient

@@ -24,6 +24,12 @@ makes lambda_n = grad V_n(X_n) on every path, so that
 
 with the Hessian P of the value function V: zero up to O(h), a variance of O(h^2), and
 exactly zero where V is linear.  In continuous time it is zero at u*.
+
+Where theta moves the law p_theta of X_0 as well, the gradient gains
+(dX_0/dtheta)^T lambda_0 and the derivative of the relative entropy of p_theta to the
+base process's p_0.  Sticking the landing takes log p_theta/p_0 at X_0 for the relative
+entropy and leaves out its score: grad log p_theta/p_0 (X_0) is added to lambda_0, which
+is zero at the optimum, where the ratio is e^{-V} / Z.
 """
 
 from __future__ import annotations
@@ -79,6 +85,11 @@ def block_kernel(
         if costs > 0.0:
             primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
         A, NEXT = NEXT, A
+    if martingale:
+        primitives.start_log_ratio_gradient(prepared, work, X[0], A, B)
+    else:
+        primitives.start_cost_gradient(prepared, work, costs, OUT, B)
+    primitives.start_parameter_vjp(prepared, work, X[0], A, OUT, B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +153,10 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
         return frozenset(derivatives)
 
     @property
+    def handles_initial_law(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return float(self.objective == "control"), self.sticking_the_landing
 
@@ -160,4 +175,11 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
             costate = view.base_vjp(n, x, costate) + view.control_vjp(n, x, v)
             if costs:
                 costate = costate + view.running_cost_gradient(n, x)
-        return gradient
+        if not view.has_start_parameters:
+            return gradient
+        x = paths.states[0]
+        if self.sticking_the_landing:
+            costate = costate + view.start_log_ratio_gradient(x)
+        elif costs:
+            gradient = gradient + view.start_cost_gradient()
+        return gradient + view.start_parameter_vjp(x, costate)

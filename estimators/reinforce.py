@@ -23,6 +23,10 @@ Reward-to-go replaces c S by sum_n (c - c_0 - ... - c_n) (dw_n/dtheta)^T z_n wit
 cost c_n = 1/2 |w_n|^2 + f_n of a step.  The costs up to step n, its own included, are
 functions of X_0, ..., X_n, which z_n does not depend on: they add nothing but variance.
 The baseline stays one constant for all steps.
+
+Where theta moves the law p_theta of X_0 as well, S gains the score of p_theta at X_0,
+and D the derivative of its relative entropy to the base process's law, which is a
+constant cost of all paths and left out of c.
 """
 
 from __future__ import annotations
@@ -124,6 +128,13 @@ def block_kernel(
         if to_go == 1:
             add_control_cost(W[n], V.shape[0], cost, B)
             primitives.running_cost(prepared, work, n, X[n], cost, 0, B)
+    if primitives.has_start_parameters(prepared):
+        primitives.start_cost_gradient(prepared, work, own, OUT, B)
+        primitives.start_score(prepared, work, X[0], cost, OUT, 0, B)
+        if mode > 0:
+            for p in range(0, B, lanes(V)):
+                store(cost, 0, p, 1.0)
+            primitives.start_score(prepared, work, X[0], cost, OUT, P, B)
     if mode == 1:
         for p in range(0, B, lanes(V)):
             for q in range(P):
@@ -199,6 +210,10 @@ g &= (c - b)\,S + D \quad \text{or, with reward-to-go,} \quad
         return float(self.objective == "control")
 
     @property
+    def handles_initial_law(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return MODES[self.baseline], self._own, int(self.reward_to_go)
 
@@ -234,6 +249,11 @@ g &= (c - b)\,S + D \quad \text{or, with reward-to-go,} \quad
                 score = score + view.control_parameter_vjp(n, x, z)
             if self.reward_to_go:
                 cost = cost + 0.5 * (w * w).sum(1) + view.running_cost(n, x)
+        if view.has_start_parameters:
+            start = view.start_score(paths.states[0])
+            gradient = gradient + cost[:, None] * start
+            gradient = gradient + self._own * view.start_cost_gradient()
+            score = score + start
         total = total[:, None]
         if MODES[self.baseline] == 0:
             return gradient

@@ -21,6 +21,7 @@ on the forward paths.  The trace term has all of G G^T: one half is phi's own eq
 one half Ito's formula along the reversed path.
 
 The noise xi of a path is the forward noise of another one, so that it costs nothing.
+Where theta moves the law of X_0 as well, phi_0(X_0) gives its part.
 
 References
 ----------
@@ -107,7 +108,7 @@ def block_kernel(
         primitives.noise_transpose(prepared, work, n, phi, V, B)
         combine(1.0, V, 1.0, W[n], V, B)
         primitives.control_parameter_vjp(prepared, work, n, X[n], V, OUT, 0, B)
-        if n == 0:
+        if n == 0 and not primitives.has_start_parameters(prepared):
             break
         # G, row i from G^T e_i, and G G^T
         clear(V, B)
@@ -154,11 +155,14 @@ def block_kernel(
             fill_slopes(u, v, factors, slopes)
             fill_traces(u, padded, factors, traces)
             if not aligned:
-                # a later increment, and phi' at the new state
+                # a later increment, and phi' at the new state; no increment comes
+                # later than the last one: take another path's
+                m = n - 1 if n > 0 else 0
+                s = q if n > 0 else (p - SHIFT) % count
                 for i in range(d):
                     noise = 0.0
                     for j in range(d):
-                        noise += G[i, j] * Z[n - 1, j, q]
+                        noise += G[i, j] * Z[m, j, s]
                     v[i] = noise / scale[i]
                 fill_state(x_next, p, mean, scale, u)
                 for f in range(F):
@@ -171,6 +175,11 @@ def block_kernel(
                 y_next[i, p] += total
         x, x_next = x_next, x
         y, y_next = y_next, y
+    if primitives.has_start_parameters(prepared):
+        coefficients = fit_slice(x, y, count, factors, mean, scale)
+        fill_values(X[0], count, factors, mean, scale, coefficients, phi)
+        primitives.start_cost_gradient(prepared, work, 1.0, OUT, B)
+        primitives.start_parameter_vjp(prepared, work, X[0], phi, OUT, B)
 
 
 ADJOINTS = {"frozen": "matching_gradient", "full": "gradient"}
@@ -254,6 +263,10 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
         return "any"
 
     @property
+    def handles_initial_law(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return (
             self.degree,
@@ -272,7 +285,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
 
     def statistics(self, view: View) -> Tensor:
         paths = view.rollout()
-        slices, _, _ = self.costates(view)
+        slices, _, _ = self.costates(view, first=1 - view.has_start_parameters)
         gradient = paths.states[0].new_zeros(view.n_paths, view.n_params)
         for n in reversed(range(view.n_steps)):
             x = paths.states[n + 1]
@@ -282,6 +295,10 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
             gradient = gradient + view.control_parameter_vjp(
                 n, paths.states[n], direction
             )
+        if view.has_start_parameters:
+            x = paths.states[0]
+            gradient = gradient + view.start_cost_gradient()
+            gradient = gradient + view.start_parameter_vjp(x, slices[0](x))
         return gradient
 
     def costates(

@@ -15,8 +15,9 @@ Source: the linear-quadratic study of Mei and Taghvaei 2024, arXiv:2410.04615
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class LQOscillator(LinearProblem):
     noise_level : > 0.
     damping : friction coefficient.
     horizon : T > 0.
+    initial_law : whether theta holds mean and covariance of X_0 as well; J then gains
+        their relative entropy to N(0, I), and J(theta*) = -log Z.
     """
 
     default_steps: ClassVar[int] = 200
@@ -49,9 +52,12 @@ f(x) &= \tfrac{1}{2} |x|^2, \quad r(x) = -\tfrac{1}{2} |x|^2
         "moves the position only by way of the velocity."
     )
 
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"initial_law": True})
+
     noise_level: float = 1.0
     damping: float = 0.1
     horizon: float = 4.0
+    initial_law: bool = False
 
     def build(self) -> LinearQuadratic:
         if not self.noise_level > 0:

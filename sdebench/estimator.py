@@ -181,6 +181,11 @@ class Estimator(ABC):
         return 0
 
     @property
+    def handles_initial_law(self) -> bool:
+        """Whether it has the terms of parameters that move the law of X_0."""
+        return False
+
+    @property
     def needs_denoiser(self) -> bool:
         """Whether it needs the tables' ``denoiser``."""
         return False

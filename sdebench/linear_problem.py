@@ -9,13 +9,21 @@ linear temporal profile, and a plain state feedback whose optimal coefficient is
 
 without the terms whose P or p vanishes; R projects onto the directions that sigma
 acts in, R = I for an invertible sigma.  At theta* = (1, 0, 1, 0, 0) it is u*.
+
+A problem with a parameter ``initial_law`` offers the law of X_0 as well.  Where it is
+true, theta goes on with mu (d) and the lower triangle of T, row by row,
+
+    X_0 = m_0 + L_0 (mu + (I + T) xi),   xi ~ N(0, I),
+
+and J gains the relative entropy of this law p_theta to p_0 = N(m_0, L_0 L_0^T).  At
+theta* it is the tilted law p_0 e^{-V} / Z, so that J(theta*) = -log Z.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +31,13 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from sdebench.closed_form.affine_chain import AffineChain, parameter_derivatives
+from sdebench.closed_form.initial_law import InitialLawFamily, relative_entropy
 from sdebench.closed_form.linear_quadratic import (
     LinearQuadratic,
     PolicyGradient,
     PolicyObjective,
 )
-from sdebench.errors import NotApplicableError, NotExactError
+from sdebench.errors import NotApplicableError, NotExactError, ParameterError
 from sdebench.problem import (
     EULER,
     Array,
@@ -136,8 +145,31 @@ class LinearDynamics(Problem):
 
     # ---- control family -------------------------------------------------------------
     @property
+    def initial_family(self) -> InitialLawFamily | None:
+        """The laws of X_0 that theta chooses from, or None."""
+        return None
+
+    @property
+    def has_start_parameters(self) -> bool:
+        return self.initial_family is not None
+
+    @property
     def parameter_names(self) -> tuple[str, ...]:
-        return tuple(profile.name for profile in self.profiles)
+        names = tuple(profile.name for profile in self.profiles)
+        family = self.initial_family
+        return names if family is None else (*names, *family.names)
+
+    def start_parameters(self, theta: Array | None) -> Array:
+        """Return the part of theta that moves the law of X_0; zero without theta."""
+        if theta is None:
+            theta = np.zeros(self.n_params)
+        return np.asarray(theta, float)[len(self.profiles) :]
+
+    def theta(self, point: str | Sequence[float] | Array) -> Array:
+        theta = super().theta(point)
+        if self.initial_family is not None:
+            self.initial_family.split(self.start_parameters(theta))
+        return theta
 
     def basis(self, t: Array) -> Array:
         """Return the temporal coefficients (P, S, n) of the maps at times t (n,)."""
@@ -210,10 +242,33 @@ class LinearDynamics(Problem):
             reward_quadratic=model.reward_quadratic,
             reward_linear=model.reward_linear,
             reward_constant=np.array([model.reward_constant]),
-            start_mean=model.start_mean,
-            start_factor=_factor(model.start_covariance),
             reward_quartic=np.asarray(model.reward_quartic),
+            **self._start_tables(theta),
         )
+
+    def _start_tables(self, theta: Array | None) -> dict[str, Array]:
+        """Return the fields of the tables about X_0."""
+        family, model = self.initial_family, self.model
+        if family is None:
+            factor = _factor(model.start_covariance)
+            return {"start_mean": model.start_mean, "start_factor": factor}
+        parameters = self.start_parameters(theta)
+        mean, factor = family.moments(parameters)
+        mean_derivative, factor_derivative = family.derivatives()
+        cost_gradient = family.cost_gradient(parameters)
+        count = len(self.profiles)  # parameters of the control: X_0 does not move
+
+        def padded(array: Array) -> Array:
+            return np.concatenate([np.zeros((count, *array.shape[1:])), array])
+
+        return {
+            "start_mean": mean,
+            "start_factor": factor,
+            "start_mean_derivative": padded(mean_derivative),
+            "start_factor_derivative": padded(factor_derivative),
+            "start_cost_gradient": padded(cost_gradient),
+            "start_cost": np.array([family.cost(parameters)]),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +278,8 @@ class LinearProblem(LinearDynamics):
     def __post_init__(self) -> None:
         # Build at once: a parameter out of range is refused where it is given.
         self.model.riccati(0.0)
+        if self.has_start_parameters:
+            _require_density(self.model)
 
     @property
     def problem_class(self) -> str:
@@ -231,6 +288,13 @@ class LinearProblem(LinearDynamics):
     @cached_property
     def truth(self) -> LinearTruth:
         return LinearTruth(self)
+
+    @cached_property
+    def initial_family(self) -> InitialLawFamily | None:
+        if not self.parameters.get("initial_law", False):
+            return None
+        model = self.model
+        return InitialLawFamily(model.start_mean, _factor(model.start_covariance))
 
     @cached_property
     def riccati(self) -> tuple[Callable[..., Array], Callable[..., Array]]:
@@ -258,9 +322,12 @@ class LinearProblem(LinearDynamics):
 
     @property
     def theta_star(self) -> Array:
-        return np.array(
-            [float(name in ("feedback", "offset")) for name in self.parameter_names]
-        )
+        best = [float(name in ("feedback", "offset")) for name, *_ in self.profiles]
+        family = self.initial_family
+        if family is None:
+            return np.array(best)
+        start = family.parameters_of(*self.model.tilted_start())
+        return np.concatenate([best, start])
 
     def spatial_map(self, name: str, t: Array) -> tuple[Array, Array]:
         dim, count = self.dim, len(t)
@@ -274,6 +341,16 @@ class LinearProblem(LinearDynamics):
         else:
             gain[:] = -_row_projection(self.model.diffusion)
         return gain, bias
+
+
+def _require_density(model: LinearQuadratic) -> None:
+    """Raise where X_0 has no density that theta could move."""
+    least, largest = np.linalg.eigvalsh(model.start_covariance)[[0, -1]]
+    if not least > 1e-12 * largest:
+        raise ParameterError(
+            "initial_law needs an X_0 with a density; its covariance has the "
+            f"eigenvalue {least:.6g}: leave initial_law out"
+        )
 
 
 def _row_projection(sigma: Array) -> Array:
@@ -327,6 +404,7 @@ class LinearTruth(Truth):
 
     def __init__(self, problem: LinearDynamics) -> None:
         super().__init__(problem)
+        self._linear = problem
         self._model, self._feedback_at = problem.model, problem.feedback
         self._known: dict[float, tuple[Array, Array]] = {}
         self._objectives: dict[tuple[bytes, bool], PolicyObjective] = {}
@@ -376,10 +454,58 @@ class LinearTruth(Truth):
         chain = AffineChain.from_tables(tables)
         return chain, (tables.gain, tables.bias, *parameter_derivatives(tables))
 
+    # ---- the law of X_0 -------------------------------------------------------------
+    def _model_at(self, theta: Array) -> LinearQuadratic:
+        """Return the model whose X_0 has the law that theta chooses."""
+        family = self._linear.initial_family
+        if family is None:
+            return self._model
+        mean, factor = family.moments(self._linear.start_parameters(theta))
+        return replace(self._model, start_mean=mean, start_covariance=factor @ factor.T)
+
+    def _start_cost(self, theta: Array) -> float:
+        family = self._linear.initial_family
+        if family is None:
+            return 0.0
+        return family.cost(self._linear.start_parameters(theta))
+
+    def _start_part(
+        self, theta: Array, *, lean: bool = False, reward_only: bool = False
+    ) -> PolicyGradient:
+        """Return E[(dX_0)^T lambda_0], plus the derivative of the relative entropy."""
+        family, count = self._linear.initial_family, self._linear.n_params
+        gradient = np.zeros(count)
+        if family is None:
+            return PolicyGradient(gradient, 0.0)
+        parameters = self._linear.start_parameters(theta)
+        in_mean, moment, bound = self._model_at(theta).start_gradient(
+            *self._law(theta), lean=lean, reward_only=reward_only
+        )
+        inverse = np.linalg.inv(family.moments(parameters)[1])
+        in_factor = moment @ inverse.T  # E lambda_0 xi^T
+        mean, factor = family.derivatives()
+        part = mean @ in_mean + np.einsum("pij,ij->p", factor, in_factor)
+        if not reward_only:
+            part = part + family.cost_gradient(parameters)
+        gradient[count - len(part) :] = part
+        size = np.sum(np.abs(family.factor)) * (1.0 + np.sum(np.abs(inverse)))
+        return PolicyGradient(gradient, float(size * bound))
+
+    def start_divergence(self, theta: Any) -> float:
+        if self._linear.initial_family is None:
+            return 0.0
+        model = self._model_at(self._problem.theta(theta))
+        return relative_entropy(
+            model.start_mean, model.start_covariance, *self._model.tilted_start()
+        )
+
+    # ---- continuous time ------------------------------------------------------------
     def _log_normalizer(self) -> float:
         return self._model.log_normalizer()
 
     def _optimal_cost(self) -> float:
+        if self._linear.has_start_parameters:
+            return -self._model.log_normalizer()
         return self._model.optimal_cost()
 
     def _policy_objective(
@@ -387,16 +513,28 @@ class LinearTruth(Truth):
     ) -> PolicyObjective:
         key = theta.tobytes(), reward_only
         if key not in self._objectives:
-            self._objectives[key] = self._model.policy_objective(
+            found = self._model_at(theta).policy_objective(
                 *self._law(theta), self._dgain, self._dbias, reward_only=reward_only
+            )
+            start = self._start_part(theta, reward_only=reward_only)
+            cost = 0.0 if reward_only else self._start_cost(theta)
+            self._objectives[key] = PolicyObjective(
+                found.objective + cost,
+                found.gradient + start.gradient,
+                max(found.error_bound, start.error_bound),
             )
         return self._objectives[key]
 
     def _policy_matching(self, theta: Array) -> PolicyGradient:
         key = theta.tobytes()
         if key not in self._matchings:
-            self._matchings[key] = self._model.matching_gradient(
+            found = self._model_at(theta).matching_gradient(
                 *self._law(theta), self._dgain, self._dbias
+            )
+            start = self._start_part(theta, lean=True)
+            self._matchings[key] = PolicyGradient(
+                found.gradient + start.gradient,
+                max(found.error_bound, start.error_bound),
             )
         return self._matchings[key]
 
@@ -414,8 +552,8 @@ class LinearTruth(Truth):
         (d,) with respect to m_0, and (d, d) with respect to L, times L^T.
         """
         if n_steps is None:
-            law = self._law(self._problem.theta(theta))
-            return self._model.start_gradient(*law)[:2]
+            theta = self._problem.theta(theta)
+            return self._model_at(theta).start_gradient(*self._law(theta))[:2]
         chain, (gain, bias, _, _) = self._discrete(theta, n_steps, scheme)
         return chain.start_gradient(gain, bias)
 
@@ -430,7 +568,8 @@ class LinearTruth(Truth):
 
     def _control_error(self, theta: Array) -> float:
         # Not by the regret identity: near the optimum its difference cancels.
-        return float(np.sqrt(self._model.control_error(*self._law(theta)).value))
+        found = self._model_at(theta).control_error(*self._law(theta))
+        return float(np.sqrt(found.value))
 
     def _law_of(self, mean: Array, covariance: Array) -> GaussianMixture:
         from sdebench.closed_form.gaussian_mixture import GaussianMixture
@@ -444,7 +583,8 @@ class LinearTruth(Truth):
         return self._law_of(means[0], covariances[0])
 
     def tilted_marginal(self, t: float) -> GaussianMixture:
-        means, covariances = self._model.tilted_moments([t])
+        model = self._model_at(self._problem.theta_star)
+        means, covariances = model.tilted_moments([t])
         return self._law_of(means[0], covariances[0])
 
     def error_bound(self, quantity: str, theta: Any = None) -> float:
@@ -456,5 +596,6 @@ class LinearTruth(Truth):
         if quantity == "matching_gradient":
             return float(self._policy_matching(theta).error_bound)
         if quantity == "control_error":
-            return float(self._model.control_error(*self._law(theta)).error_bound)
+            found = self._model_at(theta).control_error(*self._law(theta))
+            return float(found.error_bound)
         return 0.0

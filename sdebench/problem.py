@@ -179,6 +179,11 @@ class Problem(ABC):
         """Number P of control parameters."""
         return len(self.parameter_names)
 
+    @property
+    def has_start_parameters(self) -> bool:
+        """Whether theta moves the law of X_0 as well."""
+        return False
+
     # ---- evaluation points and grids ------------------------------------------------
     @cached_property
     def points(self) -> dict[str, Array]:
@@ -384,6 +389,14 @@ class Truth:
         problem = self._problem
         return self._chain(problem.theta(theta), problem.time_grid(n_steps), scheme)
 
+    def start_divergence(self, theta: Any) -> float:
+        """Return the relative entropy of the law of X_0 to that at the optimum.
+
+        J(theta) - J* = 1/2 control_error(theta)^2 + start_divergence(theta); it is 0
+        where theta does not move the law of X_0.
+        """
+        return 0.0
+
     def h(self, x: Array, t: float) -> Array:
         """Return h(x, t) = E[exp(r(X_T) - int f) | X_t = x] under the base."""
         return np.exp(-self.value(x, t))
@@ -397,7 +410,11 @@ class Truth:
     def objective(
         self, theta: Any, n_steps: Steps = None, scheme: str = EULER
     ) -> float:
-        """Return J(theta) = E int (1/2 |u|^2 + f) dt - E r(X_T)."""
+        """Return J(theta) = E int (1/2 |u|^2 + f) dt - E r(X_T).
+
+        Plus the relative entropy of the law of X_0 to that of the base process, where
+        theta moves it.
+        """
         if n_steps is None:
             return self._objective(self._problem.theta(theta))
         chain, (gain, bias, _, _) = self._discrete(theta, n_steps, scheme)
@@ -465,7 +482,10 @@ class Truth:
         return chain.matching_gradient(*coefficients)
 
     def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        """Return the least objective, J(u*) = -E_{p_0} log h(X_0, t_0)."""
+        """Return the least objective, J(u*) = -E_{p_0} log h(X_0, t_0).
+
+        Where theta moves the law of X_0 it is -log Z.
+        """
         if n_steps is None:
             return self._optimal_cost()
         return self._discrete("optimum", n_steps, scheme)[0].optimal_cost()

@@ -32,14 +32,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdebench.simulate.tables import noise_mask
+from sdebench.simulate.tables import has_start_parameters, noise_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sdebench.simulate.noise import Noise
     from sdebench.simulate.tables import Tables
-    from sdebench.simulate.torch_family import TorchFamily
+    from sdebench.simulate.torch_family import TorchFamily, TorchLinear
 
 COUNTERS = (
     "drift_evaluations",
@@ -62,6 +62,8 @@ NEEDS = {
 @dataclass
 class Rollout:
     """Forward paths of one block under the view's control.
+
+    Costs and weights are those given X_0: without terms for its law.
 
     states, noises, controls : lists over steps of (n_paths, dim); one state more.
     control_cost : sum 1/2 |w_n|^2, (n_paths,).
@@ -99,6 +101,7 @@ class View:
     theta : (n_params,) numpy array, the control parameters (None: no control).
     noisy : (n_steps,) 1 for the steps with noise, else 0.
     denoiser : (n_steps, 5) or empty, see `sdebench.simulate.tables`.
+    has_start_parameters : whether theta moves the law of X_0 as well.
     other : a view of the same noise under the estimator's `other_control`, or None.
     dtype, device : of every tensor.
     counts : evaluations so far, each in units of one path.
@@ -137,6 +140,7 @@ class View:
         self.other = other
         self.denoiser = np.array(tables.denoiser)
         self.noisy = noise_mask(tables)
+        self.has_start_parameters = has_start_parameters(tables)
         self.dtype = getattr(torch, dtype)
         self.device = device
         self.counts = dict.fromkeys(COUNTERS, 0)
@@ -246,6 +250,36 @@ class View:
         """Return (d control / d theta)^T v, (n_paths, n_params)."""
         self._derivative("control_parameter_vjp")
         return self._family.control_parameter_vjp(step, x, v)
+
+    # ---- the law of X_0, where theta moves it ----------------------------------------
+    @property
+    def _start_family(self) -> TorchLinear:
+        from sdebench.simulate.torch_family import TorchLinear
+
+        assert isinstance(self._family, TorchLinear)
+        assert self.has_start_parameters
+        return self._family
+
+    def start_parameter_vjp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return (dX_0/dtheta)^T v, (n_paths, n_params), at X_0 = x."""
+        self._derivative("control_parameter_vjp")
+        return self._start_family.start_parameter_vjp(x, v)
+
+    def start_score(self, x: Tensor) -> Tensor:
+        """Return d log p_theta(x)/dtheta of the density of X_0, (n_paths, n_params)."""
+        self._derivative("control_parameter_vjp")
+        return self._start_family.start_score(x)
+
+    def start_cost_gradient(self) -> Tensor:
+        """Return the derivative of the start law's relative entropy, (n_params,)."""
+        return self._start_family.start_cost_gradient()
+
+    def start_log_ratio_gradient(self, x: Tensor) -> Tensor:
+        """Return the gradient of log p_theta/p_0 at X_0 = x, (n_paths, dim).
+
+        p_0 is the law of X_0 under the base process.
+        """
+        return self._start_family.start_log_ratio_gradient(x)
 
     # ---- costs ----------------------------------------------------------------------
     def running_cost(self, step: int, x: Tensor) -> Tensor:

@@ -359,7 +359,7 @@ def _orders(rows: pd.DataFrame) -> dict[str, Interval]:
     for estimator in ESTIMATORS:
         mine = rows[rows["estimator"] == estimator].set_index("n_steps")
         first, last = (interval_of(mine.loc[n_steps]) for n_steps in RANGE)
-        none = first.high <= ROUNDING
+        none = first.estimate <= ROUNDING
         always = Interval(np.inf, np.inf, np.inf)
         found[estimator] = always if none else power(last, first, RANGE[1] / RANGE[0])
     return found
@@ -375,7 +375,7 @@ def _draw(axes: Axes, rows: pd.DataFrame, looks: dict[str, dict[str, Any]]) -> N
     for name, look in looks.items():
         mine = rows[rows["problem"] == name]
         value = mine["value"]
-        if (mine["high"] <= ROUNDING).all():
+        if (value <= ROUNDING).all():
             zero.append(name)
             continue
         reach = [value - mine["low"], mine["high"] - value]

@@ -29,7 +29,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdebench.errors import ParameterError
-from sdebench.simulate.tables import LinearTables, noise_mask
+from sdebench.simulate.tables import (
+    LinearTables,
+    has_start_parameters,
+    noise_mask,
+    reference_start,
+)
 
 from .hamiltonian import Value, log_expectation, symmetric
 from .linear_quadratic import LinearQuadratic
@@ -44,6 +49,21 @@ def parameter_derivatives(tables: LinearTables) -> tuple[Array, Array]:
     gain = np.einsum("psn,snij->pnij", tables.basis, tables.feature_gain)
     bias = np.einsum("psn,snj->pnj", tables.basis, tables.feature_bias)
     return gain, bias
+
+
+class StartParameters(NamedTuple):
+    """How theta moves X_0 = m + L xi, and what that costs.
+
+    factor : (d, d) L.
+    mean_derivative, factor_derivative : (P, d) of m and (P, d, d) of L.
+    cost, cost_gradient : relative entropy to the reference law, its gradient (P,).
+    """
+
+    factor: Array
+    mean_derivative: Array
+    factor_derivative: Array
+    cost: float
+    cost_gradient: Array
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,6 +84,9 @@ class AffineChain:
     noisy : (N,) 0 for steps without noise, z_n = 0, else 1; default all 1.
     reward_quartic : (d,) c; default none.
     denoiser : (N, 5) or empty, of the tables; no answer here needs it.
+    start_parameters : how theta moves the law of X_0; default not at all.  The
+        objective then holds the relative entropy to the reference law, gradients the
+        derivatives in X_0, and the optimum is one over start laws as well.
 
     Raises
     ------
@@ -84,6 +107,7 @@ class AffineChain:
     noisy: NDArray[np.floating] | None = None
     reward_quartic: NDArray[np.floating] | None = None
     denoiser: NDArray[np.floating] = field(default_factory=lambda: np.zeros((0, 5)))
+    start_parameters: StartParameters | None = None
 
     def __post_init__(self) -> None:
         d, n = len(np.atleast_1d(np.asarray(self.start_mean))), len(self.transition)
@@ -113,6 +137,15 @@ class AffineChain:
     def from_tables(cls, tables: LinearTables) -> AffineChain:
         """Return the chain that a simulation of ``tables`` runs."""
         factor = np.asarray(tables.start_factor, dtype=np.float64)
+        start = None
+        if has_start_parameters(tables):
+            start = StartParameters(
+                factor,
+                tables.start_mean_derivative,
+                tables.start_factor_derivative,
+                float(tables.start_cost[0]),
+                tables.start_cost_gradient,
+            )
         return cls(
             transition=tables.transition,
             offset=tables.offset,
@@ -126,6 +159,7 @@ class AffineChain:
             noisy=noise_mask(tables),
             reward_quartic=tables.reward_quartic,
             denoiser=tables.denoiser,
+            start_parameters=start,
         )
 
     @classmethod
@@ -207,9 +241,20 @@ class AffineChain:
         """
         return self._recursion(log_determinant=tilted)[:3]
 
+    def _reference_start(self) -> tuple[Array, Array]:
+        """Return mean and covariance of X_0 under the base process."""
+        start = self.start_parameters
+        if start is None:
+            return np.asarray(self.start_mean), np.asarray(self.start_covariance)
+        return reference_start(
+            self.start_mean, start.mean_derivative, start.cost_gradient
+        )
+
     def optimal_cost(self) -> float:
-        """Return the minimum of J_N over feedback controls."""
+        """Return the minimum of J_N over feedback controls, and start laws if free."""
         P, p, rho = (part[0] for part in self.value_coefficients())
+        if self.start_parameters is not None:
+            return -log_expectation(Value(P, p, float(rho)), *self._reference_start())
         m = self.start_mean
         spread = float(np.sum(P * self.start_covariance))
         return float(0.5 * (m @ P @ m + spread) + p @ m + rho)
@@ -224,7 +269,7 @@ class AffineChain:
         """
         P, p, rho = (part[0] for part in self.value_coefficients(tilted=True))
         value = Value(P, p, float(rho))
-        return log_expectation(value, self.start_mean, self.start_covariance)
+        return log_expectation(value, *self._reference_start())
 
     # ------------------------------------------------------------- one feedback
 
@@ -264,7 +309,8 @@ class AffineChain:
         second = covariances + means[:, :, None] * means[:, None, :]
         cost = _square(gain, bias, means[:-1], covariances[:-1])
         cost += np.sum(self.running * second[:-1])
-        return 0.5 * cost + self.reward_only_objective(gain, bias)
+        start = 0.0 if self.start_parameters is None else self.start_parameters.cost
+        return 0.5 * cost + start + self.reward_only_objective(gain, bias)
 
     def reward_only_objective(self, gain: Array, bias: Array) -> float:
         """Return -E r(X_N) under the feedback K (N, m, d), k (N, m)."""
@@ -365,7 +411,10 @@ class AffineChain:
         adjoint: tuple[Array, Array],
         own: float = 1.0,
     ) -> Array:
-        """Return sum_n E[(dw_n)^T (own w_n + G_n^T adjoint_{n+1})]."""
+        """Return sum_n E[(dw_n)^T (own w_n + G_n^T adjoint_{n+1})].
+
+        And, with start parameters, E[(dX_0)^T adjoint_0 + own d(relative entropy)].
+        """
         n_params = len(gain_derivative)
         n, d, m = self.noise.shape
         dK = check_array("gain_derivative", gain_derivative, (n_params, n, m, d))
@@ -382,7 +431,18 @@ class AffineChain:
         in_gain = R @ second + e[:, :, None] * means[:, None, :]
         in_bias = _apply(R, means) + e
         result: Array = np.einsum("pnmd,nmd->p", dK, in_gain)
-        return result + np.einsum("pnm,nm->p", dk, in_bias)
+        result = result + np.einsum("pnm,nm->p", dk, in_bias)
+        return result + self._start_part(adjoint[0][0], adjoint[1][0], own)
+
+    def _start_part(self, S: Array, s: Array, own: float) -> Array | float:
+        """Return E[(dX_0/dtheta)^T (S X_0 + s)] + own d(relative entropy)/dtheta."""
+        start = self.start_parameters
+        if start is None:
+            return 0.0
+        in_mean, in_factor = S @ self.start_mean + s, S @ start.factor
+        result: Array = start.mean_derivative @ in_mean
+        result = result + np.einsum("pij,ij->p", start.factor_derivative, in_factor)
+        return result + own * start.cost_gradient
 
     def start_gradient(
         self, gain: Array, bias: Array, *, reward_only: bool = False

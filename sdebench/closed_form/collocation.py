@@ -195,6 +195,7 @@ class FeedbackEvaluation:
 
         The lean adjoint is transported by the base drift alone, so the left factor
         of the integral is the transition matrix of A instead of the closed loop's.
+        Sets ``start_adjoint`` (d, D), (S, s) at the start.
         """
         dim = len(self.loop.linear)
         drift = np.broadcast_to(self.loop.linear[:, :dim], (N_NODES, dim, dim))
@@ -202,7 +203,8 @@ class FeedbackEvaluation:
         inside = np.stack([a for a, _ in left])
         end = np.stack([b for _, b in left])
         running, terminal = self.loop.running[:dim], self.terminal[:dim]
-        return self._backward(inside, end, running, terminal)[0]
+        adjoint, self.start_adjoint = self._backward(inside, end, running, terminal)
+        return adjoint
 
     def _backward(
         self, left: Array, left_end: Array, cost: Array, terminal: Array

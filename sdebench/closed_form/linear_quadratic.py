@@ -491,25 +491,32 @@ class LinearQuadratic:
         gain: MatrixFunction,
         bias: MatrixFunction,
         *,
+        lean: bool = False,
+        reward_only: bool = False,
         breaks: Sequence[float] = (),
     ) -> tuple[Array, Array, float]:
         """Return the gradient of J of a feedback in the law of X_0, and a bound.
 
         E lambda_0 (d,) and E lambda_0 (X_0 - m_0)^T (d, d) with the full adjoint: the
-        gradients with respect to m_0 and, times L^-T, to a factor L of S_0.  The
-        arguments are those of ``policy_objective``.
+        gradients with respect to m_0 and, times L^-T, to a factor L of S_0.  With
+        ``lean`` the same of the lean adjoint.  The other arguments are those of
+        ``policy_objective``.
         """
         d = self.dim
         start = np.append(self.start_mean, 1.0)
 
         def answer(evaluation: FeedbackEvaluation) -> tuple[Array, Array]:
-            evaluation.full_adjoint()
+            if lean:
+                evaluation.lean_adjoint()
+            else:
+                evaluation.full_adjoint()
             S = evaluation.start_adjoint[:d]
             values = np.append(S @ start, (S[:, :d] @ self.start_covariance).ravel())
             size = np.abs(S) @ (np.abs(start) + np.sqrt(np.max(self._loop.start)))
             return values, size
 
-        values, bound = self._refine(gain, bias, breaks, answer)
+        cost_weight = 0.0 if reward_only else 1.0
+        values, bound = self._refine(gain, bias, breaks, answer, cost_weight)
         return values[:d], values[d:].reshape(d, d), bound
 
     def tilted_start(self) -> tuple[Array, Array]:

@@ -253,6 +253,11 @@ def refusal(request: Request, estimator: Estimator) -> str | None:
         return reason
     n_steps = len(request.times) - 1
     problem = request.problem
+    if problem.has_start_parameters and not estimator.handles_initial_law:
+        return (
+            "theta moves the law of X_0 in this problem, and the estimator has no "
+            "terms for it: leave initial_law out"
+        )
     sizes = Sizes(request.n_paths, n_steps, problem.dim, problem.n_params)
     if reason := estimator.not_applicable_to(sizes):
         return reason

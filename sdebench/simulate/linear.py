@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from sdebench.simulate.noise import fill_start_normals
-from sdebench.simulate.tables import Array, LinearTables, noise_mask
+from sdebench.simulate.tables import Array, LinearTables, noise_mask, start_law
 from sdebench.simulate.tile import (
     PADDING,
     add_product,
@@ -57,6 +57,11 @@ class PreparedLinear(NamedTuple):
     start_mean: Array  # (d,)
     noisy: Array  # (N,) 1 or 0
     denoiser: Array  # (N or 0, 5)
+    # of `tables.StartLaw`; empty where theta does not move X_0
+    start_derivative: Array  # (2, P, d, d + 1) derivative, whitened
+    start_maps: Array  # (2, d, d) inverse, ratio
+    start_shifts: Array  # (2, d) -inverse m, ratio_shift
+    start_constants: Array  # (2, P) gradient of the relative entropy, trace
 
 
 class LinearWork(NamedTuple):
@@ -107,6 +112,8 @@ def prepare_linear(tables: LinearTables, dtype: DTypeLike) -> PreparedLinear:
         return np.array(array, dtype, order="C")
 
     parameter, feature = np.nonzero(np.any(tables.basis != 0.0, axis=2))
+    law = start_law(tables)
+    start_mean = tables.start_mean[: len(law.inverse)]
     return PreparedLinear(
         tables.basis.shape[0],
         kind,
@@ -127,6 +134,10 @@ def prepare_linear(tables: LinearTables, dtype: DTypeLike) -> PreparedLinear:
         cast(tables.start_mean),
         cast(noise_mask(tables)),
         cast(tables.denoiser),
+        cast(np.stack([law.derivative, law.whitened])),
+        cast(np.stack([law.inverse, law.ratio])),
+        cast(np.stack([-law.inverse @ start_mean, law.ratio_shift])),
+        cast(np.stack([tables.start_cost_gradient, law.trace])),
     )
 
 
@@ -258,6 +269,46 @@ def spread(parameter, feature, basis, T, OUT, row, B):  # type: ignore[no-untype
             store(OUT, r, p, load(OUT, r, p) + c * load(T, s, p))
 
 
+@block_loop
+def start_product(D, Z, V, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + q] += v . D[q] (1, z)."""
+    d = D.shape[1]
+    for q in range(D.shape[0]):
+        for p in range(0, B, lanes(V)):
+            total = load(OUT, row + q, p)
+            for i in range(d):
+                moved = fill(V, D[q, i, 0])
+                for j in range(d):
+                    moved = moved + D[q, i, j + 1] * load(Z, j, p)
+                total = total + moved * load(V, i, p)
+            store(OUT, row + q, p, total)
+
+
+@block_loop
+def weigh_rows(C, X, Y, d, B):  # type: ignore[no-untyped-def]
+    """Y = c x with the first row of C."""
+    for p in range(0, B, lanes(X)):
+        c = load(C, 0, p)
+        for i in range(d):
+            store(Y, i, p, c * load(X, i, p))
+
+
+@block_loop
+def add_constants(factor, c, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + q] += factor c[q]."""
+    for q in range(c.shape[0]):
+        for p in range(0, B, lanes(OUT)):
+            store(OUT, row + q, p, load(OUT, row + q, p) + factor * c[q])
+
+
+@block_loop
+def subtract_weighted(c, C, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + q] -= c[q] times the first row of C."""
+    for q in range(c.shape[0]):
+        for p in range(0, B, lanes(OUT)):
+            store(OUT, row + q, p, load(OUT, row + q, p) - c[q] * load(C, 0, p))
+
+
 # Primitives: see primitives.py --------------------------------------------------------
 
 
@@ -285,6 +336,46 @@ def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyp
         rows = Z.shape[0]
         fill_start_normals(Z, work.words, rows, B, p0, 0, k0, k1, replicate)
     apply(prepared, START, FIRST, prepared.start_mean, Z, X, B)
+
+
+@glue
+def has_start_parameters(prepared):  # type: ignore[no-untyped-def]
+    """Whether the tables hold derivatives of X_0."""
+    return prepared.start_constants.shape[1] > 0
+
+
+@glue
+def start_cost_gradient(prepared, work, factor, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT[p] += factor d(relative entropy)/dtheta_p."""
+    add_constants(factor, prepared.start_constants[0], OUT, 0, B)
+
+
+@glue
+def start_parameter_vjp(prepared, work, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT[p] += V . (dm + dL z), z = L^-1 (x - m)."""
+    if has_start_parameters(prepared):
+        d, Z = work.zero.shape[0], work.scratch
+        affine(prepared.start_maps[0], d, prepared.start_shifts[0], X, Z, B)
+        start_product(prepared.start_derivative[0], Z, V, OUT, 0, B)
+
+
+@glue
+def start_score(prepared, work, X, C, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + p] += c (z . L^-1 (dm + dL z) - tr(L^-1 dL))."""
+    if has_start_parameters(prepared):
+        d, Z = work.zero.shape[0], work.scratch
+        affine(prepared.start_maps[0], d, prepared.start_shifts[0], X, Z, B)
+        weigh_rows(C, Z, work.start, d, B)
+        start_product(prepared.start_derivative[1], Z, work.start, OUT, row, B)
+        subtract_weighted(prepared.start_constants[1], C, OUT, row, B)
+
+
+@glue
+def start_log_ratio_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT += ratio x + ratio_shift."""
+    if has_start_parameters(prepared):
+        add_product(prepared.start_maps[1], X, OUT, 0, B)
+        add_constants(1.0, prepared.start_shifts[1], OUT, 0, B)
 
 
 @glue

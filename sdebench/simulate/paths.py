@@ -14,6 +14,7 @@ from sdebench import registry
 from sdebench.errors import ParameterError
 from sdebench.problem import Problem
 from sdebench.simulate.noise import split_seed
+from sdebench.simulate.tables import has_start_parameters, start_log_ratio
 
 BLOCK = 256
 
@@ -30,6 +31,8 @@ class Paths:
     running_cost : (n_paths,) discretized int f dt.
     martingale : (n_paths,) sum of w_n . z_n, the discretized int u . dW.
     reward : (n_paths,) r(X_N).
+    start_log_ratio : (n_paths,) log of the density of X_0 over that of the base
+        process; zero where theta does not move the law of X_0.
     states : (n_steps + 1, dim, n_paths), or None unless kept.
     """
 
@@ -39,17 +42,20 @@ class Paths:
     running_cost: NDArray[Any]
     martingale: NDArray[Any]
     reward: NDArray[Any]
+    start_log_ratio: NDArray[Any]
     states: NDArray[Any] | None = None
 
     @property
     def cost(self) -> NDArray[Any]:
         """Cost of each path, (n_paths,); its mean is the discretized objective J_N."""
-        return self.control_cost + self.running_cost - self.reward
+        cost = self.control_cost + self.running_cost - self.reward
+        return cost + self.start_log_ratio
 
     @property
     def log_weight(self) -> NDArray[Any]:
         """Log of exp(r - sum f) dP_base/dP_u of each path, (n_paths,)."""
-        return self.reward - self.running_cost - self.martingale - self.control_cost
+        given_start = self.reward - self.running_cost - self.martingale
+        return given_start - self.control_cost - self.start_log_ratio
 
 
 def simulate(
@@ -93,7 +99,9 @@ def simulate(
         )
     theta = None if point is None else problem.theta(point)
     times = problem.time_grid(n_steps)
-    prepared = prepare(problem.tables(theta, times, scheme), dtype)
+    tables = problem.tables(theta, times, scheme)
+    prepared = prepare(tables, dtype)
+    keep_start = has_start_parameters(tables)
     key = split_seed(seed)
     size = min(BLOCK, -(-n_paths // LANES) * LANES)
     starts = range(0, n_paths, size)
@@ -101,14 +109,18 @@ def simulate(
     totals = np.empty((4, n_paths), dtype)
     kept = steps + 1 if keep_states else 1
     states = np.empty((kept, dim, n_paths), dtype)
+    log_ratio = np.zeros(n_paths, dtype)
 
     def work(first: int) -> None:
         scratch = workspace(prepared, size)
-        buffers = path_buffers(prepared, size, store=keep_states)
+        buffers = path_buffers(prepared, size, store=keep_states or keep_start)
         for p0 in starts[first::threads]:
             count = min(size, n_paths - p0)
             forward(prepared, scratch, buffers, size, p0, *key, replicate)
             totals[:, p0 : p0 + count] = buffers.totals[:, :count]
+            if keep_start:
+                first_states = buffers.states[0, :, :count]
+                log_ratio[p0 : p0 + count] = start_log_ratio(tables, first_states)
             if keep_states:
                 states[:, :, p0 : p0 + count] = buffers.states[:, :, :count]
             else:
@@ -127,5 +139,6 @@ def simulate(
         running_cost=totals[1],
         martingale=totals[2],
         reward=totals[3],
+        start_log_ratio=log_ratio,
         states=states if keep_states else None,
     )

@@ -18,7 +18,7 @@ from typing import Any
 from numba.extending import overload
 from numpy.typing import DTypeLike
 
-from sdebench.simulate import linear, mixture, sine
+from sdebench.simulate import fixed_start, linear, mixture, sine
 from sdebench.simulate.jit import OPTIONS
 from sdebench.simulate.linear import LinearWork, PreparedLinear
 from sdebench.simulate.mixture import MixtureWork, PreparedMixture
@@ -28,7 +28,15 @@ from sdebench.simulate.tile import INTERNAL
 
 Prepared = PreparedLinear | PreparedMixture | PreparedSine
 Work = LinearWork | MixtureWork | SineWork
-ONCE_PER_BLOCK = ("start", "reward", "reward_gradient")
+ONCE_PER_BLOCK = (
+    "start",
+    "start_cost_gradient",
+    "start_parameter_vjp",
+    "start_score",
+    "start_log_ratio_gradient",
+    "reward",
+    "reward_gradient",
+)
 
 
 def prepare(tables: Tables, dtype: DTypeLike) -> Prepared:
@@ -56,12 +64,18 @@ def workspace(prepared: Prepared, block: int) -> Work:
     return sine.work_sine(prepared, block)
 
 
+def implementation(family: Any, name: str) -> Any:
+    """Return a family's function, or that of a start law that theta never moves."""
+    found: Any = getattr(family, name, getattr(fixed_start, name, None))
+    return found.py_func
+
+
 def primitive(stub: Callable[..., Any]) -> Callable[..., Any]:
     """Register the families' functions of the same name for kernels."""
     families = {
-        PreparedLinear: getattr(linear, stub.__name__).py_func,
-        PreparedMixture: getattr(mixture, stub.__name__).py_func,
-        PreparedSine: getattr(sine, stub.__name__).py_func,
+        PreparedLinear: implementation(linear, stub.__name__),
+        PreparedMixture: implementation(mixture, stub.__name__),
+        PreparedSine: implementation(sine, stub.__name__),
     }
 
     options: Any = {**OPTIONS, **INTERNAL}
@@ -78,6 +92,31 @@ def primitive(stub: Callable[..., Any]) -> Callable[..., Any]:
 @primitive
 def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyped-def]
     """X = states at t0 of paths p0, p0 + 1, ..."""
+
+
+@primitive
+def has_start_parameters(prepared):  # type: ignore[no-untyped-def]
+    """Return whether theta moves the law of X_0; the next four do nothing if not."""
+
+
+@primitive
+def start_cost_gradient(prepared, work, factor, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT[p] += factor times the derivative of the start law's relative entropy."""
+
+
+@primitive
+def start_parameter_vjp(prepared, work, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT[p] += (dX_0/dtheta_p)^T V for all parameters p, X = X_0."""
+
+
+@primitive
+def start_score(prepared, work, X, C, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row + p] += C[0] d log p_theta(X)/dtheta_p for all parameters p, X = X_0."""
+
+
+@primitive
+def start_log_ratio_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT += gradient in X = X_0 of log p_theta/p_0, p_0 the reference start law."""
 
 
 @primitive

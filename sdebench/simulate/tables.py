@@ -38,10 +38,15 @@ class LinearTables(NamedTuple):
     base mean(x) = M_n x + c_n;   w_n(x) = K_n x + k_n;
     running cost of step n: 1/2 x^T F_n x (the step length is inside F_n);
     reward r(x) = -1/2 x^T Q x + q^T x + r0 - 1/4 sum_i c_i x_i^4;
-    X_0 = m_0 + L_0 z.
+    X_0 = m + L z.
 
     The control is linear in theta and factorised over S spatial maps:
     dw_n/dtheta_p (x) = sum_s basis[p, s, n] (E_{s,n} x + e_{s,n}).
+
+    Where theta moves the law of X_0 as well, X_0 = m_0 + L_0 (mu + (I + T) z) with mu
+    and T among the parameters, ``start_mean_derivative`` and
+    ``start_factor_derivative`` are those of m and L; the relative entropy of the law
+    to N(m_0, L_0 L_0^T) is part of the objective.  Empty where it does not.
     """
 
     transition: Array  # (N, d, d)  M_n
@@ -56,11 +61,15 @@ class LinearTables(NamedTuple):
     reward_quadratic: Array  # (d, d) Q, symmetric
     reward_linear: Array  # (d,)   q
     reward_constant: Array  # (1,)   r0
-    start_mean: Array  # (d,)   m_0
-    start_factor: Array  # (d, d) L_0; zero for a fixed start
+    start_mean: Array  # (d,)   m
+    start_factor: Array  # (d, d) L; zero for a fixed start
     noisy: Array = np.zeros(0)  # (N,) or empty
     denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
     reward_quartic: Array = np.zeros(0)  # (d,) c, or empty for none
+    start_mean_derivative: Array = np.zeros((0, 0))  # (P, d) dm/dtheta, or empty
+    start_factor_derivative: Array = np.zeros((0, 0, 0))  # (P, d, d) dL/dtheta
+    start_cost_gradient: Array = np.zeros(0)  # (P,) of the relative entropy, or empty
+    start_cost: Array = np.zeros(1)  # (1,) the relative entropy
 
 
 class MixtureTables(NamedTuple):
@@ -133,6 +142,79 @@ def noise_mask(tables: Tables) -> Array:
     """Return 1 for the steps with noise and 0 for the others, (N,)."""
     n_steps = len(tables.offset)
     return tables.noisy if len(tables.noisy) else np.ones(n_steps)
+
+
+def has_start_parameters(tables: Tables) -> bool:
+    """Return whether theta moves the law of X_0."""
+    return isinstance(tables, LinearTables) and len(tables.start_cost_gradient) > 0
+
+
+def reference_start(
+    mean: Array, mean_derivative: Array, cost_gradient: Array
+) -> tuple[Array, Array]:
+    """Return m_0 and L_0 L_0^T of the law that the relative entropy refers to.
+
+    The derivatives of the mean in mu are the columns of L_0, and those of the
+    relative entropy are mu.
+    """
+    covariance = mean_derivative.T @ mean_derivative
+    return mean - cost_gradient @ mean_derivative, covariance
+
+
+class StartLaw(NamedTuple):
+    """What the products with derivatives of X_0 and its density need.
+
+    With z = inverse (x - m) and the moves (1, z) -> derivative[p] (1, z) of X_0,
+    the score of the density is z . whitened[p] (1, z) - trace[p], and the gradient of
+    its log-ratio to the reference law is ratio x + ratio_shift.
+    """
+
+    inverse: Array  # (d, d) L^-1
+    derivative: Array  # (P, d, d + 1) of m, then of L
+    whitened: Array  # (P, d, d + 1) L^-1 derivative
+    trace: Array  # (P,) of L^-1 dL/dtheta_p
+    ratio: Array  # (d, d)
+    ratio_shift: Array  # (d,)
+
+
+def start_law(tables: LinearTables) -> StartLaw:
+    """Return the `StartLaw` of tables, empty without start parameters."""
+    if not has_start_parameters(tables):
+        matrix, vector, stack = np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0, 1))
+        return StartLaw(matrix, stack, stack, vector, matrix, vector)
+    mean, moved = tables.start_mean, tables.start_mean_derivative
+    inverse = np.linalg.inv(tables.start_factor)
+    derivative = np.concatenate(
+        [moved[:, :, None], tables.start_factor_derivative], axis=2
+    )
+    whitened = inverse @ derivative
+    trace = np.trace(whitened[:, :, 1:], axis1=1, axis2=2)
+    start, covariance = reference_start(mean, moved, tables.start_cost_gradient)
+    precision, own = np.linalg.inv(covariance), inverse.T @ inverse
+    return StartLaw(
+        inverse,
+        derivative,
+        whitened,
+        trace,
+        precision - own,
+        own @ mean - precision @ start,
+    )
+
+
+def start_log_ratio(tables: Tables, states: Array) -> Array:
+    """Return the log-ratio (n,) of the density of X_0 (d, n) to the reference one."""
+    assert isinstance(tables, LinearTables)
+    law = start_law(tables)
+    constant = -np.linalg.slogdet(tables.start_factor)[1]
+    moved = tables.start_mean_derivative
+    mean, covariance = reference_start(
+        tables.start_mean, moved, tables.start_cost_gradient
+    )
+    constant += 0.5 * np.linalg.slogdet(covariance)[1]
+    z = law.inverse @ (states - tables.start_mean[:, None])
+    gap = states - mean[:, None]
+    square = np.sum(gap * np.linalg.solve(covariance, gap), axis=0)
+    return constant + 0.5 * (square - np.sum(z * z, axis=0))
 
 
 def start_states(tables: Tables, normals: Array, uniforms: Array) -> Array:

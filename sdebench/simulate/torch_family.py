@@ -17,7 +17,9 @@ from sdebench.simulate.tables import (
     LinearTables,
     MixtureTables,
     SineTables,
+    StartLaw,
     Tables,
+    start_law,
 )
 
 
@@ -75,9 +77,39 @@ class TorchLinear:
         self.n_steps, self.dim = tables.offset.shape
         self.n_params = len(tables.basis)
         self._has_running = bool(np.any(tables.running))
+        self._law: Any = StartLaw._make(
+            torch.tensor(a, dtype=dtype, device=device) for a in start_law(tables)
+        )
 
     def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
         return self._t.start_mean + normals @ self._t.start_factor.T
+
+    # ---- where theta moves the law of X_0 --------------------------------------------
+    def _start_noise(self, x: Tensor) -> Tensor:
+        return (x - self._t.start_mean) @ self._law.inverse.T
+
+    def _start_product(self, derivative: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        """Return v . derivative[p] (1, z), (n, P)."""
+        moved = derivative[:, None, :, 0] + z @ derivative[:, :, 1:].mT  # (P, n, d)
+        return (moved * v).sum(2).T
+
+    def start_parameter_vjp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return (dX_0/dtheta)^T v, (n, P), at X_0 = x."""
+        return self._start_product(self._law.derivative, self._start_noise(x), v)
+
+    def start_score(self, x: Tensor) -> Tensor:
+        """Return d log p_theta(x)/dtheta, (n, P)."""
+        z = self._start_noise(x)
+        return self._start_product(self._law.whitened, z, z) - self._law.trace
+
+    def start_cost_gradient(self) -> Tensor:
+        """Return the gradient (P,) of the relative entropy to the reference law."""
+        gradient: Tensor = self._t.start_cost_gradient
+        return gradient
+
+    def start_log_ratio_gradient(self, x: Tensor) -> Tensor:
+        """Return the gradient in x of log p_theta/p_0, (n, d)."""
+        return x @ self._law.ratio.T + self._law.ratio_shift
 
     def control(self, n: int, x: Tensor) -> Tensor:
         return self._t.bias[n] + x @ self._t.gain[n].T

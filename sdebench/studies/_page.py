@@ -56,8 +56,9 @@ def _page(records: Sequence[dict[str, Any]]) -> str:
     ]
     parts = [
         "# Studies",
-        "Numbers of papers beside ours, made by `sdebench studies`. A source's number "
-        "is *published*, printed or drawn in the paper, or *derived* from its "
+        "Numbers of papers beside ours, and figures without a source, made by "
+        "`sdebench studies`. A source's number is *published*, printed or drawn in the "
+        "paper, or *derived* from its "
         "formulae. Ours is exact, and then *equal* to the printed one up to its last "
         "digit or off by the difference said; or it is measured, and the printed one "
         "lies *inside* its interval or *outside*. All intervals of a study hold "

@@ -24,6 +24,7 @@ from sdebench.validate.problem_checks import (
     Comparison,
     Theta,
     closest,
+    derivative,
     require,
     visited,
 )
@@ -336,6 +337,8 @@ def check_linear_by_ode(problem: LinearProblem, tolerance: float = 1e-9) -> Comp
     log_z -= 0.5 * np.linalg.slogdet(inner)[1]
     compare(truth.log_normalizer(), log_z, "log Z by the Riccati equation")
     cost = 0.5 * m0 @ P @ m0 + p @ m0 + rho[0] + 0.5 * np.sum(P * (root @ root.T))
+    if problem.has_start_parameters:
+        cost = -log_z
     compare(truth.optimal_cost(), cost, "J(u*) by the Riccati equation")
 
     def moments(t: float, y: Array, control: Callable[..., Any]) -> Array:
@@ -352,11 +355,16 @@ def check_linear_by_ode(problem: LinearProblem, tolerance: float = 1e-9) -> Comp
     def nothing(t: float) -> tuple[Array, Array]:
         return np.zeros((d, d)), np.zeros(d)
 
-    first = np.concatenate([(root @ root.T).ravel(), m0, [0.0]])
-    for control, law in (
-        (optimal, truth.tilted_marginal),
-        (nothing, truth.base_marginal),
+    tilted = m0, root @ root.T
+    if problem.has_start_parameters:  # p_0 exp(-V) / Z
+        precision = np.linalg.inv(tilted[1])
+        covariance = np.linalg.inv(precision + P)
+        tilted = covariance @ (precision @ m0 - p), covariance
+    for control, law, (mean, covariance) in (
+        (optimal, truth.tilted_marginal, tilted),
+        (nothing, truth.base_marginal, (m0, root @ root.T)),
     ):
+        first = np.concatenate([covariance.ravel(), mean, [0.0]])
         flow = solve_ivp(
             moments, (start, end), first, args=(control,), dense_output=True, **SOLVER
         ).sol
@@ -371,6 +379,42 @@ def check_linear_by_ode(problem: LinearProblem, tolerance: float = 1e-9) -> Comp
     return closest(found)
 
 
+def _start_law(problem: LinearProblem, theta: Array) -> tuple[Array, Array]:
+    """Return mean (d,) of X_0 and a factor (d, d) of its covariance."""
+    tables = problem.tables(theta, problem.time_grid(1))
+    return tables.start_mean, tables.start_factor
+
+
+def start_entropy(problem: LinearProblem, theta: Array) -> float:
+    """Return the relative entropy of X_0 to the base's start law, by determinants."""
+    (mean, root), (m0, root0) = (_start_law(problem, t) for t in (theta, 0.0 * theta))
+    precision = np.linalg.inv(root0 @ root0.T)
+    ratio = precision @ root @ root.T
+    gap = mean - m0
+    value = np.trace(ratio) + gap @ precision @ gap - len(gap)
+    return float(0.5 * (value - np.linalg.slogdet(ratio)[1]))
+
+
+def start_slopes(problem: LinearProblem, theta: Array, S: Array, s: Array) -> Array:
+    """Return E (dX_0/dtheta)^T (S X_0 + s) plus the entropy's slopes, (P,).
+
+    By differences of order ten in theta.
+    """
+    mean, root = _start_law(problem, theta)
+
+    def value(parameters: Array) -> float:
+        moved, factor = _start_law(problem, parameters)
+        pull = (moved - mean) @ (S @ mean + s) + np.sum((factor - root) * (S @ root))
+        return float(pull) + start_entropy(problem, parameters)
+
+    return np.array(
+        [
+            derivative(lambda h, e=e: value(theta + h * e), 0.01)  # type: ignore[misc]
+            for e in np.eye(len(theta))
+        ]
+    )
+
+
 def check_matching_by_ode(
     problem: LinearProblem, theta: Theta, tolerance: float = 1e-8
 ) -> Comparison:
@@ -382,7 +426,7 @@ def check_matching_by_ode(
     theta = problem.theta(theta)
     d, (start, end) = problem.dim, problem.time_span
     noise = problem.diffusion(start)
-    tables = problem.tables(None, problem.time_grid(1))
+    tables = problem.tables(theta, problem.time_grid(1))
     root = tables.start_factor
 
     def split(y: Array) -> tuple[Array, Array, Array]:
@@ -422,6 +466,10 @@ def check_matching_by_ode(
     )
     C, m, sums = split(solve_ivp(forward, (start, end), first, **SOLVER).y[:, -1])
     objective = sums[0] + 0.5 * np.sum(Q * (C + np.outer(m, m))) - q @ m - c
+    if problem.has_start_parameters:
+        S, s, _ = split(back(start))
+        objective += start_entropy(problem, theta)
+        sums[1:] += start_slopes(problem, theta, S, s)
     truth = problem.truth
     scale = 1.0 + abs(objective) + np.linalg.norm(sums[1:])
     errors = [abs(truth.objective(theta) - objective)]

@@ -208,7 +208,8 @@ def check_log_weights(
     size = []
     for n_steps in ladder:
         run = simulate(problem, n_steps=int(n_steps), n_paths=n_paths, seed=seed)
-        size.append(float(np.sqrt(np.mean((run.log_weight + value) ** 2))))
+        given_start = run.log_weight + run.start_log_ratio
+        size.append(float(np.sqrt(np.mean((given_start + value) ** 2))))
     if max(size) < 1e-11:
         return Comparison(max(size), 1e-11, "log-weights under u* against -V(X_0)")
     slope = -float(np.polyfit(np.log(ladder), np.log(size), 1)[0])
@@ -229,6 +230,8 @@ def check_regret(
 ) -> Comparison:
     """J(theta) - J(u*) = 1/2 E_theta int |u_theta - u*|^2, by a route that fits.
 
+    Plus the divergence of the start law from the optimal one, where theta moves it.
+
     Closed form for class L, quadrature for tilting problems with d <= 2
     (``resolution``: nodes and panels in time, refine in space), else simulation.
     """
@@ -240,6 +243,7 @@ def check_regret(
     else:
         return check_regret_by_simulation(problem, theta, alarm=alarm)
     regret = truth.objective(theta) - truth.optimal_cost()
+    regret -= truth.start_divergence(theta)
     scale = 1.0 + abs(truth.objective(theta))
     return require(abs(regret - half) / scale, tolerance, "regret identity")
 
@@ -256,6 +260,7 @@ def check_regret_by_simulation(
     """The identity path by path: cost - V(X_0) - 1/2 sum h |u_theta - u*|^2, mean 0."""
     truth, theta = problem.truth, problem.theta(theta)
     regret = truth.objective(theta) - truth.optimal_cost()
+    regret -= truth.start_divergence(theta)
     rows = []
     for factor in (1, 2):
         run = simulate(
@@ -267,7 +272,8 @@ def check_regret_by_simulation(
             keep_states=True,
         )
         assert run.states is not None
-        excess = run.cost - truth.value(run.states[0].T, run.times[0])
+        value = truth.value(run.states[0].T, run.times[0])
+        excess = run.cost - run.start_log_ratio - value
         half = np.zeros(n_paths)
         for n, h in enumerate(np.diff(run.times)):
             x = run.states[n].T

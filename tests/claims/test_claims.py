@@ -402,7 +402,8 @@ def test_small_experiments_are_supported(module, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_whole_experiments_are_supported(name):
+def test_whole_experiments_decide_as_committed(name):
     claim = claims.claim(name)
+    stored = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
     evidence = claim.experiment(20, lambda done, total: None)
-    assert claim.decide(evidence).verdict == "supported"
+    assert claim.decide(evidence).verdict == stored["verdict"]

@@ -18,7 +18,7 @@ CLAIM = claims.claim("sticking_the_landing")
 def evidence():
     """Small: three problems, whose intervals are set to a tenth of the value."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "AFFINE", ("ou_linear", "ddpm_chain"))
+        patch.setattr(module, "AFFINE", ("brownian_linear", "ou_linear", "ddpm_chain"))
         patch.setattr(module, "MIXTURES", ())
         patch.setattr(module, "LADDER", (32, 128, 512))
         patch.setattr(module, "RANGE", (128, 512))

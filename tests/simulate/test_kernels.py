@@ -535,9 +535,9 @@ def test_estimators_against_loops(family, options, dtype):
     for module, expected, mode in (
         (pathwise, full, (1.0, False)),
         (adjoint_matching, lean, (False,)),
-        (reinforce, g, (0,)),
-        (reinforce, np.concatenate([g, S, c * S, c[None]]), (1,)),
-        (reinforce, np.concatenate(split), (2,)),
+        (reinforce, g, (0, 1.0, 0)),
+        (reinforce, np.concatenate([g, S, c * S, c[None]]), (1, 1.0, 0)),
+        (reinforce, np.concatenate(split), (2, 1.0, 0)),
         (path_importance_sampling, (reward - running - martingale - control)[None], ()),
     ):
         rows = statistics(module, run, len(expected), B, *mode)
@@ -565,7 +565,7 @@ def test_pathwise_and_reinforce_agree(family):
         forward(prepared, work, b, B, block * B, *KEY)
         args = (prepared, work, b.states, b.normals, b.controls, b.totals, B)
         pathwise.block_kernel(*args, 1.0, False, first)
-        reinforce.block_kernel(*args, 1, second)
+        reinforce.block_kernel(*args, 1, 1.0, 0, second)
         pairs.append((first[:, :B].copy(), second[:, :B].copy()))
     path = np.concatenate([q[0] for q in pairs], axis=1)
     score = np.concatenate([q[1] for q in pairs], axis=1)
