@@ -268,7 +268,8 @@ def _ends(ratios: pd.Series) -> tuple[str, str]:
 
 
 def _percent(share: float) -> str:
-    return f"{plain(100.0 * share if share > ROUNDING else 0.0)} %"
+    # rounded, as a csv file may change the last bit
+    return f"{plain(round(100.0 * share, 9) if share > ROUNDING else 0.0)} %"
 
 
 def _places(looks: dict[str, dict[str, Any]], points: list[str]) -> dict[str, Any]:
