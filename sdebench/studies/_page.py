@@ -56,7 +56,7 @@ def _page(records: Sequence[dict[str, Any]]) -> str:
     ]
     parts = [
         "# Studies",
-        "Numbers of papers beside ours, and figures without a source, made by "
+        "Numbers of papers beside ours, and curves without a source, made by "
         "`sdebench studies`. A source's number is *published*, printed or drawn in the "
         "paper, or *derived* from its "
         "formulae. Ours is exact, and then *equal* to the printed one up to its last "
