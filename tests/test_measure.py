@@ -46,10 +46,20 @@ def stable(row):
     return json.dumps(kept, sort_keys=True)
 
 
+ANYWHERE = (
+    "adjoint_matching",
+    "opd",
+    "path_importance_sampling",
+    "pathwise",
+    "reinforce",
+)
+"""Estimators that no problem and no number of paths here refuses."""
+
+
 def every_estimator():
     return [
         registry.estimator(name, **variant)
-        for name in registry.estimator_names()
+        for name in ANYWHERE
         for variant in type(registry.estimator(name)).variants
     ]
 
