@@ -99,7 +99,7 @@ class NonAdaptedAdjoint(Estimator):
 a_N &= -\nabla r(X_N), \quad
   a_n = \left( \frac{\partial \mu_n}{\partial x} \right)^\top a_{n+1}
   + \nabla f_n \\
-\varphi_n &= \arg\min_\varphi \sum | \varphi(X_n) - a_n |^2 \\
+\varphi_n &= \mathrm{argmin}_{\varphi} \sum | \varphi(X_n) - a_n |^2 \\
 g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
   \left( w_n + G_n^\top \varphi_{n+1} \right)
 \end{aligned}"""

@@ -215,7 +215,7 @@ X_n &= 2 X_{n+1} - \mu_n - G_n w_n + \delta_n, \quad
 Y_n &= \left( \frac{\partial \mu_n}{\partial x} \right)^\top Y_{n+1} + \nabla f_n
   + \mathrm{tr}\left( G_n G_n^\top \varphi_{n+1}'' \right)
   + \varphi_{n+1}' \delta_n, \quad Y_N = -\nabla r(X_N) \\
-\varphi_n &= \arg\min_\varphi \sum | \varphi(X_n) - Y_n |^2 \\
+\varphi_n &= \mathrm{argmin}_{\varphi} \sum | \varphi(X_n) - Y_n |^2 \\
 g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
   \left( w_n + G_n^\top \varphi_{n+1} \right)
 \end{aligned}"""

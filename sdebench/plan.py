@@ -143,7 +143,11 @@ def _ladder(n_steps: int, factors: Sequence[float]) -> list[int]:
 def _quick(seed: int) -> Iterator[Cell]:
     entries = list(_entries("estimator"))
     every = [spec for spec, _ in entries]
-    defaults = [spec for spec, thing in entries if thing.label == thing.name]
+    defaults = list({spec.partition(":")[0]: spec for spec in reversed(every)}.values())
+    for spec, thing in entries:  # the default options, where they are a variant
+        name = spec.partition(":")[0]
+        if getattr(thing, "label", "") == name:
+            defaults = [d for d in defaults if d.partition(":")[0] != name] + [spec]
     families: set[str] = set()
     for spec, problem in _entries("problem"):
         n_steps = problem.default_steps

@@ -176,9 +176,18 @@ def statistics(problem, group, settings):
     return [np.concatenate(p, axis=1) for p in zip(*parts, strict=True)]
 
 
+FAST = ("damped_oscillator", "gaussian_tilt", "two_modes", "lq_oscillator")
+"""Problems, at least one of each family, whose tests are not slow."""
+
+
+def with_slow(specs):
+    """Mark the specifications of all other problems."""
+    return [s if s in FAST else pytest.param(s, marks=pytest.mark.slow) for s in specs]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("scheme", "steps"), GRIDS)
-@pytest.mark.parametrize("name", registry.problem_names())
+@pytest.mark.parametrize("name", with_slow(registry.problem_names()))
 def test_both_backends_agree_path_by_path(name, scheme, steps, dtype):
     """Same noise, 300 paths: neither a multiple of a block nor of a vector.
 
@@ -466,7 +475,7 @@ def p_value_own(row):
     ).p_value
 
 
-@pytest.mark.parametrize("spec", exact_specs())
+@pytest.mark.parametrize("spec", with_slow(exact_specs()))
 def test_unbiased_for_the_stated_estimand(spec):
     """Exact N-step answers; a missing 1/2 or the wrong adjoint would show."""
     chosen = small(spec)

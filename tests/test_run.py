@@ -127,7 +127,14 @@ def test_quick_covers_the_catalogue(catalogue):
         for c in quick
         if (c.backend, c.dtype) == ("numba", "float64")
     }
-    assert plain == set(itertools.product(problems, estimators, plan.QUICK_POINTS))
+    defaults = estimators - {"reinforce:baseline=mean"}
+    # Other variants at one point, on the first problem of each family.
+    first = ("ou_linear", "two_modes:beta=0.1")
+    others = itertools.product(first, estimators - defaults, plan.QUICK_POINTS[:1])
+    assert plain == {
+        *itertools.product(problems, defaults, plan.QUICK_POINTS),
+        *others,
+    }
     # One ladder, torch and float32 cell per family, on its first problem.
     for special in ("torch", "float32"):
         found = [c for c in quick if special in (c.backend, c.dtype)]
@@ -432,7 +439,7 @@ def test_real_statistics_do_not_depend_on_jobs(tmp_path):
     half = {**wanted, "estimators": ["pathwise", "reinforce:baseline=optimal"]}
     run.run(folder=tmp_path / "resumed", jobs=1, **half)
     frames.append(run.run(folder=tmp_path / "resumed", jobs=1, **wanted))
-    assert set(frames[0]["status"]) == {"ok"}
+    assert set(frames[0]["status"]) <= {"ok", "not applicable"}
     timing = ["seconds", "ns_per_path_step", "peak_memory_bytes", "created"]
     timing += [c for c in frames[0] if c.startswith("efficiency_seconds")]
     first, *others = (frame.drop(columns=timing) for frame in frames)

@@ -338,6 +338,7 @@ def test_the_variance_of_one_path():
 
 
 # ---- time_reversed_costate ---------------------------------------------------------
+@pytest.mark.slow
 def test_a_small_costate_experiment_is_supported(monkeypatch):
     chosen = time_reversed_costate.SETTINGS[3:]  # noise level 5, cubic, pendulum
     monkeypatch.setattr(time_reversed_costate, "SETTINGS", chosen)

@@ -378,6 +378,7 @@ def test_adjoint_dpm_is_refused_without_a_probability_flow(spec):
 
 
 # ---- the harness judges them ------------------------------------------------
+@pytest.mark.slow
 def test_the_harness_tells_targets_from_gradients():
     """p-values of four cells at FALSE_ALARM altogether; distances are exact."""
     specs = ("continuous_adjoint", "adjoint_dpm", "adjoint_dpm:states=stored")

@@ -274,6 +274,7 @@ def test_gradient_in_the_initial_law(point):
     assert halved.p_value < FALSE_ALARM / 2
 
 
+@pytest.mark.slow
 def test_the_comparator_has_the_gradient_of_the_chain_as_limit():
     for spec in ("damped_oscillator", "cubic_costate"):
         chosen = problem(spec)

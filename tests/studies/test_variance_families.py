@@ -66,6 +66,7 @@ def test_nothing_has_no_growth():
     assert _families.growth(rows, "dim") is None
 
 
+@pytest.mark.slow
 def test_tables_have_all_families(small):
     for evidence, table, sentence in small.values():
         assert len(table) == len(_families.FAMILIES)
