@@ -18,13 +18,6 @@ def second_moments(means: Array, covariances: Array) -> Array:
     return covariances + means[..., :, None] * means[..., None, :]
 
 
-def closed_loop(policy: PolicyChain) -> tuple[Array, Array]:
-    """Return B_n (N, d, d), d_n (N, d) with E[X_{n+1} | X_n = x] = B_n x + d_n."""
-    chain = policy.chain
-    drift = chain.offset + apply(chain.noise, policy.bias)
-    return chain.transition + chain.noise @ policy.gain, drift
-
-
 def apply(matrices: NDArray[np.floating], vectors: NDArray[np.floating]) -> Array:
     """Return the products of stacked matrices and vectors."""
     return np.asarray(np.einsum("...ij,...j->...i", matrices, vectors))

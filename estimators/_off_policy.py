@@ -13,9 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdebench.composite import PathCosts
+from sdebench.composite import PathCosts, copy_totals
 from sdebench.estimator import Estimator
-from sdebench.estimators._scores import copy_totals
 from sdebench.simulate import primitives
 from sdebench.simulate.tile import block_loop, clear, lanes, load, path_kernel, store
 

@@ -11,23 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sdebench.composite import PathCosts
+from sdebench.composite import PathCosts, copy_totals
 from sdebench.estimator import Array, Estimator
 from sdebench.simulate import primitives
-from sdebench.simulate.tile import block_loop, clear, lanes, load, path_kernel, store
+from sdebench.simulate.tile import clear, path_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sdebench.view import View
-
-
-@block_loop
-def copy_totals(totals, OUT, row, B):  # type: ignore[no-untyped-def]
-    """Rows row, ..., row + 3 of OUT = totals."""
-    for i in range(4):
-        for p in range(0, B, lanes(OUT)):
-            store(OUT, row + i, p, load(totals, i, p))
 
 
 @path_kernel

@@ -45,7 +45,6 @@ import numpy as np
 from sdebench.errors import unknown
 from sdebench.estimator import Array, Estimator
 from sdebench.estimators._expectations import (
-    closed_loop,
     second_moments,
     step_products,
 )
@@ -146,7 +145,8 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta}(y_{n+1}) \right)^\top
     def target(self, policy: PolicyChain) -> Array | None:
         if self._stored:
             return policy.gradient(reward_only=True)
-        chain, (closed, drift) = policy.chain, closed_loop(policy)
+        chain = policy.chain
+        closed, drift = chain.closed_loop(policy.gain, policy.bias)
         moments = chain.moments(policy.gain, policy.bias)
         means, covariances = (part[-1] for part in moments)
         second = second_moments(means, covariances)

@@ -36,7 +36,6 @@ import numpy as np
 from sdebench.estimator import Array, Estimator
 from sdebench.estimators._expectations import (
     apply,
-    closed_loop,
     second_moments,
     step_products,
 )
@@ -101,7 +100,8 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta}(X_{n+1}) \right)^\top v_
     block_kernel = staticmethod(block_kernel)
 
     def target(self, policy: PolicyChain) -> Array | None:
-        chain, (closed, drift) = policy.chain, closed_loop(policy)
+        chain = policy.chain
+        closed, drift = chain.closed_loop(policy.gain, policy.bias)
         n_steps, m, d = policy.gain.shape
         slope, shift = np.empty((n_steps, m, d)), np.empty((n_steps, m))
         S, s = (part[-1] for part in chain.adjoint(policy.gain, policy.bias))

@@ -106,6 +106,14 @@ class CompositeEstimator(Estimator):
         raise NotImplementedError(f"{self.name} runs simulations of its own: see run()")
 
 
+@block_loop
+def copy_totals(totals, OUT, row, B):  # type: ignore[no-untyped-def]
+    """Rows row, ..., row + 3 of OUT = totals."""
+    for i in range(4):
+        for p in range(0, B, lanes(OUT)):
+            store(OUT, row + i, p, load(totals, i, p))
+
+
 @path_kernel
 def _scores_kernel(
     prepared: Any, work: Any, X: Any, Z: Any, W: Any, totals: Any, B: int, OUT: Any
@@ -117,17 +125,7 @@ def _scores_kernel(
         primitives.refresh_control(prepared, work, n, X[n], B)
         primitives.control_parameter_vjp(prepared, work, n, X[n], Z[n], OUT, 0, B)
         primitives.control_parameter_vjp(prepared, work, n, X[n], W[n], OUT, P, B)
-    for i in range(4):
-        for p in range(0, B, lanes(OUT)):
-            store(OUT, 2 * P + i, p, load(totals, i, p))
-
-
-@block_loop
-def _copy(X, Y, B):  # type: ignore[no-untyped-def]
-    """Y = X, row by row."""
-    for i in range(X.shape[0]):
-        for p in range(0, B, lanes(X)):
-            store(Y, i, p, load(X, i, p))
+    copy_totals(totals, OUT, 2 * P, B)
 
 
 @path_kernel
@@ -135,7 +133,7 @@ def _costs_kernel(
     prepared: Any, work: Any, X: Any, Z: Any, W: Any, totals: Any, B: int, OUT: Any
 ) -> None:
     """Set OUT (4, .) to the totals of every path."""
-    _copy(totals, OUT, B)
+    copy_totals(totals, OUT, 0, B)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,14 +140,17 @@ def _ladder(n_steps: int, factors: Sequence[float]) -> list[int]:
     return sorted({max(1, round(n_steps * factor)) for factor in factors})
 
 
+def _is_default(spec: str, thing: Any) -> bool:
+    """Return whether a variant of an estimator has all options at their defaults."""
+    from sdebench import registry
+
+    return bool(thing == registry.estimator(spec.partition(":")[0]))
+
+
 def _quick(seed: int) -> Iterator[Cell]:
     entries = list(_entries("estimator"))
     every = [spec for spec, _ in entries]
-    defaults = list({spec.partition(":")[0]: spec for spec in reversed(every)}.values())
-    for spec, thing in entries:  # the default options, where they are a variant
-        name = spec.partition(":")[0]
-        if getattr(thing, "label", "") == name:
-            defaults = [d for d in defaults if d.partition(":")[0] != name] + [spec]
+    defaults = [spec for spec, thing in entries if _is_default(spec, thing)]
     families: set[str] = set()
     for spec, problem in _entries("problem"):
         n_steps = problem.default_steps

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 KINDS = {"problem": "sdebench.problems", "estimator": "sdebench.estimators"}
 
 
+def names_in(package: str) -> list[str]:
+    """Return the names of the files in a package, sorted, without importing them.
+
+    Files that start with an underscore are the package's own.
+    """
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return sorted(m.name for m in found if not m.name.startswith("_"))
+
+
 def _names(kind: str) -> list[str]:
-    package = importlib.import_module(KINDS[kind])
-    return sorted(
-        m.name
-        for m in pkgutil.iter_modules(package.__path__)
-        if not m.name.startswith("_")
-    )
+    return names_in(KINDS[kind])
 
 
 def problem_names() -> list[str]:

@@ -119,8 +119,7 @@ def measure_cells(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     try:
         problem = registry.problem(first.problem)
         chosen = [registry.estimator(cell.estimator) for cell in cells]
-        with _one_torch_thread(first.backend == "torch"):
-            measured = measure_group(problem, chosen, **settings)
+        measured = measure_group(problem, chosen, **settings)
         rows = [measurement.row for measurement in measured]
     except Exception as error:
         if len(cells) > 1:
@@ -132,22 +131,6 @@ def measure_cells(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
             yield row_of(first, "failed", _reason(error))
     else:
         yield from rows
-
-
-@contextlib.contextmanager
-def _one_torch_thread(wanted: bool) -> Iterator[None]:
-    """Keep torch to one thread, for equal bits and honest times."""
-    if not wanted:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @cache

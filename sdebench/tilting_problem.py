@@ -174,6 +174,10 @@ class TiltingTruth(Truth):
     def __init__(self, problem: TiltingProblem) -> None:
         super().__init__(problem)
         self._family = problem.family
+        self._objectives: dict[
+            tuple[bytes, bool], tuple[float, Array, float, float]
+        ] = {}
+        self._matchings: dict[bytes, tuple[Array, float]] = {}
 
     def control(self, x: Array, t: float) -> Array:
         return self._family.control(*self._at(x, t), self._family.theta_star)
@@ -196,20 +200,36 @@ class TiltingTruth(Truth):
     def _log_normalizer(self) -> float:
         return self._family.log_normalizer()[0]
 
+    def _policy_objective(
+        self, theta: Array, reward_only: bool = False
+    ) -> tuple[float, Array, float, float]:
+        key = theta.tobytes(), reward_only
+        if key not in self._objectives:
+            self._objectives[key] = self._family.objective_and_gradient(
+                theta, reward_only=reward_only
+            )
+        return self._objectives[key]
+
+    def _policy_matching(self, theta: Array) -> tuple[Array, float]:
+        key = theta.tobytes()
+        if key not in self._matchings:
+            self._matchings[key] = self._family.matching_gradient(theta)
+        return self._matchings[key]
+
     def _objective(self, theta: Array) -> float:
-        return self._family.objective_and_gradient(theta)[0]
+        return self._policy_objective(theta)[0]
 
     def _gradient(self, theta: Array) -> Array:
-        return self._family.objective_and_gradient(theta)[1]
+        return self._policy_objective(theta)[1].copy()
 
     def _reward_only_objective(self, theta: Array) -> float:
-        return self._family.objective_and_gradient(theta, reward_only=True)[0]
+        return self._policy_objective(theta, reward_only=True)[0]
 
     def _reward_only_gradient(self, theta: Array) -> Array:
-        return self._family.objective_and_gradient(theta, reward_only=True)[1]
+        return self._policy_objective(theta, reward_only=True)[1].copy()
 
     def _matching_gradient(self, theta: Array) -> Array:
-        return self._family.matching_gradient(theta)[0]
+        return self._policy_matching(theta)[0].copy()
 
     def initial_value_bias(self) -> float:
         """Return log Z minus its value for an independent start and end.
@@ -250,9 +270,9 @@ class TiltingTruth(Truth):
             return family.log_normalizer()[1]
         theta = self._problem.theta("optimum" if theta is None else theta)
         if quantity == "matching_gradient":
-            return family.matching_gradient(theta)[1]
+            return self._policy_matching(theta)[1]
         if quantity in ("reward_only_objective", "reward_only_gradient"):
-            return family.objective_and_gradient(theta, reward_only=True)[2]
+            return self._policy_objective(theta, reward_only=True)[2]
         if quantity in ("objective", "gradient"):
-            return family.objective_and_gradient(theta)[2]
+            return self._policy_objective(theta)[2]
         return 0.0

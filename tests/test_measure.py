@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from _mutants import Choosy, NotFinite, TorchOnly
 from scipy.stats import binom
 
@@ -25,14 +24,7 @@ from sdebench.measure import engine, measure, measure_group, workers
 from sdebench.measure.memory import PeakMemory
 from sdebench.problem import Problem
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """Blocks are small here: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 SMALL = {"n_steps": 4, "n_paths": 48, "n_replicates": 20}

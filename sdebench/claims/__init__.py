@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def claim_names() -> list[str]:
     """Return the names of all claims, sorted, without importing them."""
-    from sdebench.experiments import names_in
+    from sdebench.registry import names_in
 
     return names_in(__name__)
 

@@ -32,14 +32,12 @@ from dataclasses import dataclass
 from math import nan
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import joblib
 import numpy as np
 import pandas as pd
-from threadpoolctl import threadpool_limits
 
 from sdebench import registry
 from sdebench.claims._claim import JOINTLY, Check, Claim
-from sdebench.experiments.comparisons import variance_ratio
+from sdebench.experiments.comparisons import LANES, in_lanes, variance_ratio
 from sdebench.experiments.costates import positive_mean
 from sdebench.experiments.experiment import (
     LEVEL,
@@ -49,10 +47,10 @@ from sdebench.experiments.experiment import (
     interval_of,
     records,
 )
-from sdebench.experiments.measuring import N_PATHS, Array, n_threads
+from sdebench.experiments.measuring import N_PATHS, Array, settings_at
 from sdebench.measure.engine import group_means
 from sdebench.measure.intervals import Interval
-from sdebench.measure.workers import GRID_SHIFT, Settings, make_worker
+from sdebench.measure.workers import GRID_SHIFT, make_worker
 from sdebench.problem import EULER, Problem
 from sdebench.report.format import interval, plain
 
@@ -70,8 +68,6 @@ WINDOWS = (1, 2, 4, 8, 16)
 GROUP = 8
 PLACES = ("first", "middle", "last")
 N_REPLICATES = 1024
-LANES = 8
-"""Parts of the replicates that run at once; the numbers do not depend on it."""
 MARGIN = 1.0
 """Percent of the gradient that counts as left out."""
 
@@ -116,15 +112,7 @@ def group_values(problem: Problem, point: str, sampler: Sampler, seed: int) -> A
     """
     estimator = registry.estimator(sampler.estimator)
     group = estimator.group_size(N_PATHS)
-    settings = Settings(
-        times=problem.time_grid(N_STEPS),
-        theta=problem.theta(point),
-        n_paths=N_PATHS,
-        backend="numba",
-        dtype="float64",
-        device="cpu",
-        seed=seed,
-    )
+    settings = settings_at(problem, point, N_STEPS, seed)
     values = np.empty((N_REPLICATES, N_PATHS // group, problem.n_params))
 
     def lane(number: int) -> None:
@@ -133,9 +121,7 @@ def group_values(problem: Problem, point: str, sampler: Sampler, seed: int) -> A
             (rows,), _, _ = worker.block(replicate, N_STEPS << GRID_SHIFT, N_PATHS)
             values[replicate] = group_means(rows, N_PATHS, group)[0].T
 
-    with threadpool_limits(1, user_api="blas"):
-        lane_of = joblib.delayed(lane)
-        joblib.Parallel(n_threads(), prefer="threads")(map(lane_of, range(LANES)))
+    in_lanes(lane)
     return values.reshape(-1, problem.n_params)
 
 

@@ -285,7 +285,7 @@ class AffineChain:
         means = np.empty((self.n_steps + 1, d))
         covariances = np.empty((self.n_steps + 1, d, d))
         means[0], covariances[0] = self.start_mean, self.start_covariance
-        closed, drift = self._closed_loop(gain, bias)
+        closed, drift = self.closed_loop(gain, bias)
         noise = self.noise @ np.swapaxes(self.noise, 1, 2)
         noise *= np.asarray(self.noisy)[:, None, None]
         for n, B in enumerate(closed):
@@ -297,7 +297,8 @@ class AffineChain:
         n, d, m = self.noise.shape
         return check_array("gain", gain, (n, m, d)), check_array("bias", bias, (n, m))
 
-    def _closed_loop(self, gain: Array, bias: Array) -> tuple[Array, Array]:
+    def closed_loop(self, gain: Array, bias: Array) -> tuple[Array, Array]:
+        """Return B (N, d, d), b (N, d) with E[X_{n+1} | X_n = x] = B_n x + b_n."""
         closed = self.transition + self.noise @ gain
         drift = self.offset + np.einsum("ndm,nm->nd", self.noise, bias)
         return closed, drift
@@ -390,7 +391,7 @@ class AffineChain:
         S, s = np.empty((self.n_steps + 1, d, d)), np.empty((self.n_steps + 1, d))
         Q, q, _ = self._terminal(gain, bias)
         S[-1], s[-1] = Q, -q
-        closed, drift = self._closed_loop(gain, bias)
+        closed, drift = self.closed_loop(gain, bias)
         left = self.transition if lean else closed
         for n in reversed(range(self.n_steps)):
             S[n] = left[n].T @ S[n + 1] @ closed[n]
@@ -420,7 +421,7 @@ class AffineChain:
         dK = check_array("gain_derivative", gain_derivative, (n_params, n, m, d))
         dk = check_array("bias_derivative", bias_derivative, (n_params, n, m))
         means, covariances = self.moments(gain, bias)
-        closed, drift = self._closed_loop(gain, bias)
+        closed, drift = self.closed_loop(gain, bias)
         S, s = adjoint[0][1:], adjoint[1][1:]
         transposed = np.swapaxes(self.noise, 1, 2)
         # own w_n + G^T E[adjoint_{n+1} | X_n = x] = R x + e

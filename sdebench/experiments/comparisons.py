@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp, log, sqrt
 
 import joblib
@@ -10,11 +10,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from sdebench import registry
-from sdebench.experiments.measuring import N_PATHS, Array, n_threads
+from sdebench.experiments.measuring import N_PATHS, Array, n_threads, settings_at
 from sdebench.measure.engine import ReplicateMean
 from sdebench.measure.intervals import Interval, bias_norm, t_quantile
 from sdebench.measure.moments import Moments
-from sdebench.measure.workers import GRID_SHIFT, Settings, make_worker
+from sdebench.measure.workers import GRID_SHIFT, make_worker
 from sdebench.problem import Problem
 
 LANES = 8
@@ -35,15 +35,7 @@ def replicate_values(
     answer takes part.
     """
     chosen = [registry.estimator(name) for name in estimators]
-    settings = Settings(
-        times=problem.time_grid(n_steps),
-        theta=problem.theta(point),
-        n_paths=N_PATHS,
-        backend="numba",
-        dtype="float64",
-        device="cpu",
-        seed=seed,
-    )
+    settings = settings_at(problem, point, n_steps, seed)
     origin = n_steps << GRID_SHIFT
     values = np.empty((len(chosen), n_replicates, problem.n_params))
 
@@ -58,10 +50,15 @@ def replicate_values(
                     mean.add(part, count)
             values[:, replicate] = [mean.value(N_PATHS) for mean in means]
 
+    in_lanes(lane)
+    return values
+
+
+def in_lanes(lane: Callable[[int], None]) -> None:
+    """Call ``lane(number)`` for the numbers of all lanes, in threads."""
     with threadpool_limits(1, user_api="blas"):
         lane_of = joblib.delayed(lane)
         joblib.Parallel(n_threads(), prefer="threads")(map(lane_of, range(LANES)))
-    return values
 
 
 def relative_bias(

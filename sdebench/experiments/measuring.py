@@ -50,6 +50,21 @@ def gradient_scale(problem: Problem, point: str) -> float:
     return float(np.linalg.norm(problem.truth.gradient(place)))
 
 
+def settings_at(
+    problem: Problem, point: str | Sequence[float], n_steps: int, seed: int
+) -> Settings:
+    """Return the settings of all simulations: numba, float64, `N_PATHS` paths."""
+    return Settings(
+        times=problem.time_grid(n_steps),
+        theta=problem.theta(point),
+        n_paths=N_PATHS,
+        backend="numba",
+        dtype="float64",
+        device="cpu",
+        seed=seed,
+    )
+
+
 def sample(
     problem: Problem,
     estimators: Sequence[str],
@@ -64,16 +79,7 @@ def sample(
     No exact answer takes part.
     """
     chosen = [registry.estimator(name) for name in estimators]
-    times, theta = problem.time_grid(n_steps), problem.theta(point)
-    settings = Settings(
-        times=times,
-        theta=theta,
-        n_paths=N_PATHS,
-        backend="numba",
-        dtype="float64",
-        device="cpu",
-        seed=seed,
-    )
+    settings = settings_at(problem, point, n_steps, seed)
     simulation = Simulation(problem, chosen, settings)
     with threadpool_limits(1, user_api="blas"):
         simulation.run(n_replicates, n_threads())

@@ -291,10 +291,11 @@ def _unmet_need(request: Request, estimator: Estimator) -> str | None:
 
 @contextmanager
 def _torch_threads(request: Request) -> Iterator[None]:
-    """Give torch as many threads as were asked for, and undo it."""
-    if request.backend != "torch":
-        yield
-        return
+    """Give torch as many threads as were asked for, and undo it.
+
+    With numba too: evaluations are counted with torch, whose threads would wait for
+    each other.
+    """
     import torch
 
     before = torch.get_num_threads()

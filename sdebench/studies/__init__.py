@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def study_names() -> list[str]:
     """Return the names of all studies, sorted, without importing them."""
-    from sdebench.experiments import names_in
+    from sdebench.registry import names_in
 
     return names_in(__name__)
 

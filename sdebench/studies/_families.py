@@ -15,9 +15,9 @@ import pandas as pd
 from sdebench import registry
 from sdebench.experiments.comparisons import power
 from sdebench.experiments.experiment import columns, interval_of, records, signed
-from sdebench.experiments.measuring import N_PATHS, gradient_scale, sample
+from sdebench.experiments.measuring import gradient_scale, sample, settings_at
 from sdebench.measure.intervals import Interval, variance_interval
-from sdebench.measure.workers import Settings, count_evaluations
+from sdebench.measure.workers import count_evaluations
 from sdebench.problem import Problem
 from sdebench.report.format import interval, plain
 
@@ -93,15 +93,7 @@ def variances(
 
 def costs(problem: Problem, n_steps: int) -> Iterator[dict[str, Any]]:
     """Yield the evaluations per path of every family."""
-    settings = Settings(
-        times=problem.time_grid(n_steps),
-        theta=problem.theta(POINTS[0]),
-        n_paths=N_PATHS,
-        backend="numba",
-        dtype="float64",
-        device="cpu",
-        seed=0,
-    )
+    settings = settings_at(problem, POINTS[0], n_steps, 0)
     for family, spec in FAMILIES.items():
         counts = count_evaluations(problem, registry.estimator(spec), settings)
         chosen = {name: counts[counter] for name, counter in COSTS.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdebench import registry
+from sdebench.composite import CompositeEstimator
 from sdebench.errors import NumericalError
 from sdebench.estimator import Estimator
 from sdebench.measure.cell import ROUNDING, Judge, Request, make_request, refusal
@@ -125,10 +126,16 @@ def _relative_cost(problem: Problem) -> float:
 
 
 def built_ins(estimator: Estimator) -> list[Estimator]:
-    """Return the other estimators of the catalogue with the same estimand."""
+    """Return the other estimators of the catalogue with the same estimand.
+
+    Without composite estimators, which draw paths of their own: all are compared on the
+    same paths.
+    """
     found = []
     for name in registry.estimator_names():
         default = registry.estimator(name)
+        if isinstance(default, CompositeEstimator):
+            continue
         for options in default.variants:
             other = registry.estimator(name, **options)
             itself = type(other) is type(estimator) and other == estimator

@@ -16,7 +16,7 @@ from sdebench import registry
 from sdebench.errors import NotApplicableError
 from sdebench.estimator import Estimator
 from sdebench.linear_problem import LinearProblem
-from sdebench.measure.cell import ROUNDING
+from sdebench.measure.cell import ROUNDING, make_request, refusal
 from sdebench.measure.intervals import bias_test
 from sdebench.problem import Problem
 from sdebench.simulate.paths import Paths, simulate
@@ -295,10 +295,16 @@ def check_regret_by_simulation(
 def check_backends(
     problem: Problem, n_steps: int = 7, n_paths: int = 300, seed: int = 5
 ) -> Comparison:
-    """All built-in estimators in numba and in torch, path by path on the same noise."""
+    """All built-in estimators in numba and in torch, path by path on the same noise.
+
+    Those that cannot run on the problem, or have no kernel, are left out.
+    """
+    request = make_request(problem, n_steps=n_steps, n_paths=n_paths)
     every = [registry.estimator(name) for name in registry.estimator_names()]
-    chosen = [e for e in every if e.block_kernel is not None]
-    theta, times = problem.theta("halfway"), problem.time_grid(n_steps)
+    chosen = [
+        e for e in every if e.block_kernel is not None and refusal(request, e) is None
+    ]
+    theta, times = request.theta, request.times
     ours, theirs = (
         collect(
             problem,

@@ -26,6 +26,28 @@ def problem(spec):
     return registry.problem(spec)
 
 
+def grid(chosen, n_steps, power=1.4):
+    """A grid that is not uniform: mixing up steps would show."""
+    start, end = chosen.time_span
+    return chosen.time_grid(
+        start + (end - start) * np.linspace(0, 1, n_steps + 1) ** power
+    )
+
+
+def steps_of(chosen):
+    """The most steps that the quadrature of this file affords."""
+    return 4 if chosen.dim == 1 else 3
+
+
+def theta_of(chosen):
+    return 0.7 * chosen.theta("optimum") + 0.15
+
+
+def close(value, exact, scale=None, limit=1e-11):
+    scale = np.max(np.abs(exact)) if scale is None else scale
+    assert np.max(np.abs(np.asarray(value) - exact)) <= limit * scale
+
+
 class GivenView(View):
     """A view whose own normals, (count, n_paths, dim), are given as well."""
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _expectation import expectation, problem, view_of
+from _expectation import (
+    close,
+    expectation,
+    grid,
+    problem,
+    steps_of,
+    theta_of,
+    view_of,
+)
 
 from sdebench import registry
 from sdebench.errors import ParameterError, UnknownNameError
@@ -25,28 +33,6 @@ TILTED = (
 )
 SMALL = (*LINEAR, "ou_linear:dim=2", "ou_quadratic_easy:dim=2", *TILTED)
 ANY = ("damped_oscillator", "ou_quadratic_easy:dim=3", "two_modes", "four_modes")
-
-
-def grid(chosen, n_steps, power=1.4):
-    """A grid that is not uniform: mixing up steps would show."""
-    start, end = chosen.time_span
-    return chosen.time_grid(
-        start + (end - start) * np.linspace(0, 1, n_steps + 1) ** power
-    )
-
-
-def steps_of(chosen):
-    """The most steps that the quadrature of `_expectation` affords."""
-    return 4 if chosen.dim == 1 else 3
-
-
-def theta_of(chosen):
-    return 0.7 * chosen.theta("optimum") + 0.15
-
-
-def close(value, exact, scale=None, limit=1e-11):
-    scale = np.max(np.abs(exact)) if scale is None else scale
-    assert np.max(np.abs(np.asarray(value) - exact)) <= limit * scale
 
 
 def slopes(view, path_cost):

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from _expectation import expectation, problem, view_of
+from _expectation import (
+    close,
+    expectation,
+    grid,
+    problem,
+    steps_of,
+    theta_of,
+    view_of,
+)
 from scipy.special import ndtri
 from scipy.stats import chisquare
 
@@ -33,26 +41,6 @@ ANY = ("damped_oscillator", "two_modes", "four_modes")
 
 def truncated(method, **options):
     return registry.estimator("truncated", method=method, **options)
-
-
-def grid(chosen, n_steps):
-    start, end = chosen.time_span
-    return chosen.time_grid(
-        start + (end - start) * np.linspace(0, 1, n_steps + 1) ** 1.4
-    )
-
-
-def steps_of(chosen):
-    return 4 if chosen.dim == 1 else 3
-
-
-def theta_of(chosen):
-    return 0.7 * chosen.theta("optimum") + 0.15
-
-
-def close(value, exact, scale=None, limit=1e-11):
-    scale = np.max(np.abs(exact)) if scale is None else scale
-    assert np.max(np.abs(np.asarray(value) - exact)) <= limit * scale
 
 
 def normal_of(number, count):

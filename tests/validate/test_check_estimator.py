@@ -27,12 +27,7 @@ SMALL = ("brownian_linear", "damped_oscillator")
 QUICK = {"paths": 0.125, "time_limit": None, "on_fail": "report"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @functools.cache
@@ -372,8 +367,9 @@ def test_automatic_differentiation_gives_the_pathwise_gradient():
         ByAutomaticDifferentiation, problems=("ou_quadratic_easy:dim=2",), **QUICK
     )
     assert failed(report) == []
-    assert {row["competitor"] for row in report.rows} >= {"pathwise"}
-    ratios = [r["variance_ratio"] for r in report.rows if r["competitor"] == "pathwise"]
+    same = "pathwise", "adjoint_matching:adjoint=full"  # one estimator, two sweeps
+    ratios = [r["variance_ratio"] for r in report.rows if r["competitor"] in same]
+    assert ratios
     assert ratios == pytest.approx([1.0] * len(ratios), rel=1e-9)
 
 
@@ -390,7 +386,7 @@ def test_a_kernel_is_compared_path_by_path():
 
         @property
         def kernel_options(self):
-            return (0,)
+            return (0, *super().kernel_options[1:])
 
         def n_statistics(self, n_params):
             return n_params
