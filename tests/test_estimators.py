@@ -480,16 +480,18 @@ def test_unbiased_for_the_stated_estimand(spec):
     seen: dict[tuple[str, str], float] = {}
     whole = problem(spec).label in FULL
     for index, point in enumerate(POINTS if whole else POINTS[1:3]):
+        # At the other points only those without a test file of their own.
+        mine = [e for e in group if e.name in OWN or point in POINTS[1:3]]
         rows = measure_group(
             chosen,
-            group,
+            mine,
             point=point,
             n_steps=N_STEPS,
             n_paths=N_PATHS,
             n_replicates=N_REPLICATES,
             seed=100 + index,
         )
-        for estimator, measurement in zip(group, rows, strict=True):
+        for estimator, measurement in zip(mine, rows, strict=True):
             row = measurement.row
             if row["status"] == "not applicable":
                 continue

@@ -217,6 +217,7 @@ def test_steps_without_noise():
 # ---- bounds --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bounds_cover_the_change_to_a_finer_grid():
     grids = Grid(33, 72, 8.0, 20), Grid(27, 58, 7.0, 14)
     fine = Grid(65, 160, 10.0, 32)
@@ -246,6 +247,7 @@ def test_extrapolation():
     assert 0.0 < abs(answer.value[1] - 1.0) <= answer.error[1] < 1e-3
 
 
+@pytest.mark.slow
 def test_continuous_answers_against_a_finer_ladder():
     """The published bounds against three more doublings of the coarsest level."""
     truth, theta = PENDULUM.truth, PENDULUM.theta("halfway")
@@ -261,6 +263,7 @@ def test_continuous_answers_against_a_finer_ladder():
     assert abs(finer[0] - truth.objective(theta)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_published_optimum():
     """The gradient at theta* is zero up to its bound, and the Hessian is positive."""
     truth = PENDULUM.truth

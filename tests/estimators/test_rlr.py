@@ -232,7 +232,13 @@ def test_a_block_longer_than_the_chain_is_refused():
     assert "2 paths" in registry.estimator("rlr").not_applicable(1)
 
 
-@pytest.mark.parametrize("problem", ["lq_oscillator", "stochastic_pendulum"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "lq_oscillator",
+        pytest.param("stochastic_pendulum", marks=pytest.mark.slow),
+    ],
+)
 def test_noise_that_misses_a_direction_is_refused(problem):
     """The half-order term divides by it; the other terms do not."""
     settings = {"n_steps": 4, "n_paths": 8, "n_replicates": 2}
