@@ -14,10 +14,13 @@ C, which is transported by the closed loop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .quartic import require_quadratic
 
 if TYPE_CHECKING:
     from sdebench.closed_form.affine_chain import AffineChain, PolicyChain
@@ -43,14 +46,55 @@ def conditional_label(
     work : the labels of the loss "work" instead of "plain".
     decay : R_k = decay I; None: the Jacobian of the base, R_k = M_k.
     """
-    d, n_steps = chain.dim, chain.n_steps
-    closed, drift = chain.closed_loop(gain, bias)
-    S, s = np.empty((n_steps + 1, d, d)), np.empty((n_steps + 1, d))
     Q, q, _ = chain._terminal(gain, bias)
-    S[-1], s[-1] = Q, -q
-    slope, level = Q, -q  # of lambda, which the loss "work" needs
+
+    def given(n: int, S: Array, s: Array) -> tuple[Array, Array]:
+        return gain[n], bias[n]
+
+    return _backward(chain, (Q, -q), given, work, decay)
+
+
+def fixed_feedback(
+    chain: AffineChain, *, work: bool = False, decay: float | None = 1.0
+) -> tuple[Array, Array]:
+    """Return K (N, m, d), k (N, m) with w_n = -G_n^T E[a_{n+1} | X_n] on its own paths.
+
+    Where training on the labels of its own paths stops.  The arguments are those of
+    `conditional_label`.
+    """
+    require_quadratic(np.asarray(chain.reward_quartic))
+    n_steps, d, m = chain.noise.shape
+    K, k = np.empty((n_steps, m, d)), np.empty((n_steps, m))
+
+    def best(n: int, S: Array, s: Array) -> tuple[Array, Array]:
+        G = chain.noise[n]
+        right = np.column_stack(
+            (S @ chain.transition[n], S @ np.asarray(chain.offset[n]) + s)
+        )
+        found = -np.linalg.solve(np.eye(m) + G.T @ S @ G, G.T @ right)
+        K[n], k[n] = found[:, :d], found[:, d]
+        return K[n], k[n]
+
+    terminal = np.asarray(chain.reward_quadratic), -np.asarray(chain.reward_linear)
+    _backward(chain, terminal, best, work, decay)
+    return K, k
+
+
+def _backward(
+    chain: AffineChain,
+    terminal: tuple[Array, Array],
+    feedback: Callable[[int, Array, Array], tuple[Array, Array]],
+    work: bool,
+    decay: float | None,
+) -> tuple[Array, Array]:
+    """Return S, s of `conditional_label`; ``feedback`` sees those of the next step."""
+    d, n_steps = chain.dim, chain.n_steps
+    S, s = np.empty((n_steps + 1, d, d)), np.empty((n_steps + 1, d))
+    S[-1], s[-1] = slope, level = terminal  # also of lambda
     for n in reversed(range(n_steps)):
-        M, F, B, b = chain.transition[n], chain.running[n], closed[n], drift[n]
+        K, k = feedback(n, S[n + 1], s[n + 1])
+        M, F, G = chain.transition[n], chain.running[n], chain.noise[n]
+        B, b = M + G @ K, chain.offset[n] + G @ k
         R = M if decay is None else decay * np.eye(d)
         S[n] = R.T @ S[n + 1] @ B + F
         s[n] = R.T @ (S[n + 1] @ b + s[n + 1])
@@ -61,9 +105,9 @@ def conditional_label(
             s[n] -= (R - M).T @ (slope @ b + level)
             slope, level = B.T @ slope @ B + F, B.T @ (slope @ b + level)
         else:
-            D = (R - M).T @ np.linalg.inv(chain.noise[n]).T
-            S[n] += D @ gain[n]
-            s[n] += D @ bias[n]
+            D = (R - M).T @ np.linalg.inv(G).T
+            S[n] += D @ K
+            s[n] += D @ k
     return S, s
 
 
