@@ -133,7 +133,7 @@ class UnweightedSOCMatching(Claim):
         f"excess cost. Simulated: the mean gradient of the loss at the best feedback "
         f"of the chain with {SIMULATED_STEPS} steps, for controls that are a multiple "
         "of it, relative to the gradient of J without control. Matrices: M = 1, "
-        f"M = exp(−{RATE:g} (s − t)/T), and the Jacobian."
+        "M = exp(−(s − t)/T), and the Jacobian."
     )
     decision_rule: ClassVar[str] = (
         "Supported if the fixed point of unweighted SOC Matching, and of Work-SOCM "
@@ -242,7 +242,8 @@ class UnweightedSOCMatching(Claim):
             gradient, mean = "–", "–"
             for row in records(match):
                 gradient = f"{signed(interval_of(row))} %"
-                mean = f"{signed(exact(row.exact + 0.0))} %"
+                zero = abs(row.exact) < ROUNDING
+                mean = f"{signed(exact(0.0 if zero else row.exact))} %"
             rows.append(
                 {
                     "problem": last.problem,
@@ -297,7 +298,7 @@ def _fixed_points(problem: Problem) -> Iterator[dict[str, Any]]:
                 distance, excess = fixed_point(problem, loss, matrices, n_steps)
                 yield {
                     "kind": "fixed point",
-                    "problem": problem.name,
+                    "problem": problem.label,
                     "loss": loss,
                     "matrices": matrices,
                     "n_steps": n_steps,
@@ -325,7 +326,7 @@ def _simulated(base: LinearProblem, seed: int) -> Iterator[dict[str, Any]]:
             assert target is not None
             yield {
                 "kind": "simulated",
-                "problem": base.name,
+                "problem": base.label,
                 "loss": loss,
                 "matrices": matrices,
                 "n_steps": SIMULATED_STEPS,
@@ -368,6 +369,7 @@ def _draw_means(
         axes.plot(x, mine["exact"], ms=7, ls="", marker="_", color="0.2")
     axes.set_xticks(range(len(cases)), [matrices for _, matrices in cases])
     axes.tick_params(axis="x", labelrotation=30)
+    axes.set_ylim(top=1.2 * axes.get_ylim()[1])
     for start, label in ((0, "unweighted"), (len(MATRICES), "Work-SOCM")):
         axes.text(
             start + 1.0,
