@@ -163,13 +163,16 @@ s = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     def independent(self) -> bool:
         return not self._weighted
 
-    def target(self, policy: PolicyChain) -> Array:
+    @property
+    def has_target(self) -> bool:
+        # With weights, or the whole cost, it is the estimand's own answer.
+        return not self._weighted and self.loss != "cost"
+
+    def target(self, policy: PolicyChain) -> Array | None:
         from sdebench.closed_form.soc_matching import conditional_label, label_gradient
 
-        if self._weighted:
-            return policy.cross_entropy_gradient()
-        if self.loss == "cost":
-            return policy.gradient()
+        if not self.has_target:
+            return None
         if self.proposal == "optimal":
             feedback = policy.optimal_gain, policy.optimal_bias
         else:
