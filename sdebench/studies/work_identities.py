@@ -281,8 +281,8 @@ class WorkIdentities(Study):
                 keys = {"kind": kind, "method": method, "n_steps": n_steps}
                 rows.append(columns(exact(value)) | keys)
         centres = 0.5 * (BINS[1:] + BINS[:-1])
-        for name, values in works.items():
-            for centre, found in zip(centres, histogram(values, level), strict=True):
+        for name, work in works.items():
+            for centre, found in zip(centres, histogram(work, level), strict=True):
                 keys = {"kind": "work", "method": name, "work": centre}
                 rows.append(columns(found) | keys)
         progress(done, done)
@@ -344,14 +344,17 @@ def _draw_work(axes: Axes, evidence: pd.DataFrame) -> None:
 def _draw_ratio(axes: Axes, evidence: pd.DataFrame) -> None:
     """Draw the log-ratio of the two densities, which is w - log Z."""
     rows = evidence[evidence["kind"] == "work"]
-    table = rows.pivot(index="work", columns="method", values=["value", "low", "high"])
-    table = table[(table["low"] > 0.0).all(axis=1)]
-    logs = np.log(table)
+    parts = {
+        name: rows.pivot(index="work", columns="method", values=name)
+        for name in ("value", "low", "high")
+    }
+    seen = parts["low"].min(axis=1) > 0.0
+    logs = {name: np.log(part[seen]) for name, part in parts.items()}
     ratio = logs["value"]["backward"] - logs["value"]["forward"]
     low = logs["low"]["backward"] - logs["high"]["forward"]
     high = logs["high"]["backward"] - logs["low"]["forward"]
     ends = [ratio - low, high - ratio]
-    axes.errorbar(table.index, ratio, yerr=ends, fmt="o", ms=2.5, lw=1, color="0.2")
+    axes.errorbar(ratio.index, ratio, yerr=ends, fmt="o", ms=2.5, lw=1, color="0.2")
     line = np.array([BINS[0], BINS[-1]])
     label = "log W − log Z"
     axes.plot(line, line - log_z(), color="0.35", lw=0.9, label=label)
