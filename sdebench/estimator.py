@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdebench.closed_form.affine_chain import PolicyChain
+    from sdebench.simulate.tables import Tables
     from sdebench.view import View
 
 Array = NDArray[np.float64]
@@ -180,6 +181,18 @@ class Estimator(ABC):
         """
         return 0
 
+    def own_normals_on(self, n_steps: int) -> int:
+        """Return `own_normals` on a grid of so many steps, if it depends on it."""
+        return self.own_normals
+
+    @property
+    def discretization_free(self) -> bool:
+        """Whether any number of steps is unbiased for the answer of continuous time.
+
+        Its N-step answer is then that of continuous time.
+        """
+        return False
+
     @property
     def handles_initial_law(self) -> bool:
         """Whether it has the terms of parameters that move the law of X_0."""
@@ -206,6 +219,10 @@ class Estimator(ABC):
 
     def not_applicable_to(self, sizes: Sizes) -> str | None:
         """Return why the estimator cannot run on a problem of this size, or None."""
+        return None
+
+    def not_applicable_on(self, tables: Tables, times: Array) -> str | None:
+        """Return why the estimator cannot run on the process of the tables, or None."""
         return None
 
     # ---- derived ------------------------------------------------------------------

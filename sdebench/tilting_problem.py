@@ -121,7 +121,14 @@ class TiltingProblem(Problem):
             start_scale=np.ascontiguousarray(start.scales),
             noisy=np.asarray(mask, float),
             denoiser=self._denoiser(times, scheme),
+            density=self._density(times),
         )
+
+    def _density(self, times: Array) -> Array:
+        """Return the rows of p_t at all times (N + 1, K, 2d + 1), or none."""
+        if self.family.start.is_point:
+            return np.zeros((0, 0, 0))
+        return np.array([self.family.base.marginal(t) for t in times])
 
     def _denoiser(self, times: Array, scheme: str) -> Array:
         """Return `BaseProcess.denoiser` of every step (N, 5), or (0, 5) if none."""

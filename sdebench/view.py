@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from sdebench.simulate.noise import Noise
     from sdebench.simulate.tables import Tables
-    from sdebench.simulate.torch_family import TorchFamily, TorchLinear
+    from sdebench.simulate.torch_family import TorchFamily, TorchLinear, TorchMixture
 
 COUNTERS = (
     "drift_evaluations",
@@ -47,6 +47,7 @@ COUNTERS = (
     "control_evaluations",
     "reward_evaluations",
     "reward_gradient_evaluations",
+    "density_evaluations",
     "noise_draws",
 )
 NEEDS = {
@@ -55,6 +56,7 @@ NEEDS = {
     "control_parameter_vjp": "derivatives of the control in theta",
     "running_cost_gradient": "the gradient of the running cost",
     "reward_gradient": "the gradient of the reward",
+    "base_density": "the density of the base process, or its score",
 }
 """What an estimator may need besides forward paths and their costs."""
 
@@ -250,6 +252,29 @@ class View:
         """Return (d control / d theta)^T v, (n_paths, n_params)."""
         self._derivative("control_parameter_vjp")
         return self._family.control_parameter_vjp(step, x, v)
+
+    # ---- the densities of the base process ------------------------------------------
+    @property
+    def _density_family(self) -> TorchMixture:
+        from sdebench.simulate.torch_family import TorchMixture
+
+        assert isinstance(self._family, TorchMixture)
+        self.used.add("base_density")
+        return self._family
+
+    def base_log_density(self, step: int, x: Tensor) -> Tensor:
+        """Return log p(x) of the base process at time 0, ..., n_steps, (n_paths,)."""
+        self._count("density_evaluations")
+        return self._density_family.base_log_density(step, x)
+
+    def base_score(self, step: int, x: Tensor) -> Tensor:
+        """Return grad log p(x) of the base process at time 0, ..., n_steps.
+
+        It counts as an evaluation of the drift: of a denoising process both are the
+        output of one network.
+        """
+        self._count("drift_evaluations")
+        return self._density_family.base_score(step, x)
 
     # ---- the law of X_0, where theta moves it ----------------------------------------
     @property

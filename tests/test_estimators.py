@@ -465,7 +465,7 @@ def p_value_own(row):
     allowed = row["variance"] / row["n_paths"] + 1e-12
     variance = np.square(row["std_error"]) * row["n_replicates"]
     return bias_test(
-        row["mean"], row["truth_discrete"], variance, row["n_replicates"], allowed
+        row["mean"], row["target"], variance, row["n_replicates"], allowed
     ).p_value
 
 

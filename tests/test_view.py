@@ -241,6 +241,7 @@ ROLLOUT = {
     "reward_evaluations": 1,
     "vjp_evaluations": 0,
     "reward_gradient_evaluations": 0,
+    "density_evaluations": 0,
 }
 EXTRA = {
     # per step: parameters, base and control; once grad r

@@ -19,7 +19,7 @@ class Answers:
     """Exact answers to one estimator's question; None where there is none.
 
     truth : of continuous time.
-    discrete : of the N-step discretization.
+    discrete : of the N-step discretization; ``truth`` for an estimator that has none.
     target : what the estimator is unbiased for, on the same steps; ``discrete`` for
         most.
     error : bound on the error of ``truth``.
@@ -37,7 +37,9 @@ def exact_answers(
     """Return the exact answers at an evaluation point, on a time grid."""
     truth, estimand = problem.truth, estimator.estimand
     continuous = truth.answer(estimand, theta)
-    discrete = truth.answer(estimand, theta, times, scheme)
+    discrete = continuous
+    if not estimator.discretization_free:
+        discrete = truth.answer(estimand, theta, times, scheme)
     target = discrete
     if estimator.has_target:
         try:

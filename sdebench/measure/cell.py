@@ -47,6 +47,7 @@ from sdebench.measure.tails import tail_index
 from sdebench.measure.workers import Settings, count_evaluations, shared_paths
 from sdebench.problem import EULER, Problem, check_scheme
 from sdebench.provenance import provenance
+from sdebench.simulate.tables import has_density
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -278,6 +279,13 @@ def _unmet_need(request: Request, estimator: Estimator) -> str | None:
             "it needs the denoised prediction E[X_T | X_t], which only memoryless "
             f"denoising problems with scheme {EULER} give in closed form"
         )
+    if "base_density" in estimator.needs and not has_density(
+        problem.tables(None, *grid)
+    ):
+        return (
+            "it needs the density of the base process, which only denoising problems "
+            "with a random start have in closed form"
+        )
     if estimator.needs_invertible_noise:
         noise = problem.tables(None, *grid).noise
         matrices = noise if noise.ndim == 3 else noise[:, None, None]
@@ -286,7 +294,9 @@ def _unmet_need(request: Request, estimator: Estimator) -> str | None:
                 "it divides by the noise of a step, and the noise of this problem does "
                 "not reach every direction"
             )
-    return None
+    if type(estimator).not_applicable_on is Estimator.not_applicable_on:
+        return None
+    return estimator.not_applicable_on(problem.tables(None, *grid), request.times)
 
 
 @contextmanager

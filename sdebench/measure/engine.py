@@ -71,7 +71,8 @@ class Accumulator:
 
     def paths(self, lane: int, statistics: NDArray[Any], count: int) -> None:
         """Add the paths of one block."""
-        statistics, count = group_means(statistics, count, self.group)
+        if not self.is_weight:  # a mean of log-weights is not the log of a mean
+            statistics, count = group_means(statistics, count, self.group)
         if self.contributions is not None:
             self.contributions.update(lane, statistics, count)
         if self.weights is not None:

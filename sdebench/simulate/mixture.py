@@ -72,6 +72,7 @@ class PreparedMixture(NamedTuple):
     start_scale: Array  # (Ks, d)
     noisy: Array  # (N,) 1 or 0
     denoiser: Array  # (N or 0, 5)
+    density: Scores  # of N + 1 times, or none
 
 
 class ScoresWork(NamedTuple):
@@ -94,6 +95,7 @@ class MixtureWork(NamedTuple):
     base: ScoresWork
     tilted: ScoresWork
     reward: ScoresWork
+    density: ScoresWork
     features: Array  # (F, .) of the state
     along: Array  # (F, .) of the direction
     rest: Array  # (M, .)
@@ -144,7 +146,10 @@ def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
     dim = tables.scale.shape[1]
     reward = tables.reward[None]
     derivative = tables.tilted_derivative
-    quadratics = (tables.base, tables.tilted, reward, derivative)
+    density = tables.density
+    if len(density) == 0:
+        density = np.zeros((0, 0, 2 * dim + 1))
+    quadratics = (tables.base, tables.tilted, reward, derivative, density)
     isotropic = all(is_isotropic(rows, dim) for rows in quadratics)
     shared, rest = split_derivative(derivative, dim + 1 if isotropic else 2 * dim, dim)
     parameter, feature = np.nonzero(np.any(rest[..., :-1] != 0.0, axis=(1, 2)))
@@ -168,6 +173,7 @@ def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
         cast(tables.start_scale),
         cast(noise_mask(tables)),
         cast(tables.denoiser),
+        make_scores(density, dim, isotropic, dtype),
     )
 
 
@@ -181,8 +187,8 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
     def rows(count: int) -> Array:
         return np.zeros((count, width), dtype)
 
-    three = (prepared.base, prepared.tilted, prepared.reward)
-    most = max(mixture.constant.shape[1] for mixture in three)
+    mixtures = (prepared.base, prepared.tilted, prepared.reward, prepared.density)
+    most = max(mixture.constant.shape[1] for mixture in mixtures)
     projection = rows(most)  # of one mixture at a time
 
     def scores(mixture: Scores) -> ScoresWork:
@@ -192,7 +198,7 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
         )
 
     rest = prepared.rest_feature.size
-    longest = max(features, rest, *(mixture.constant.shape[1] for mixture in three))
+    longest = max(features, rest, *(mixture.constant.shape[1] for mixture in mixtures))
     return MixtureWork(
         rows(dim),
         rows(dim),
@@ -200,6 +206,7 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
         scores(prepared.base),
         scores(prepared.tilted),
         scores(prepared.reward),
+        scores(prepared.density),
         rows(features),
         rows(features),
         rows(rest),
@@ -563,4 +570,42 @@ def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
     state_features(X, work.direction.shape[0], work.along, B)
     score(prepared.reward, work.reward, 0, work.along, work.zero, B)
     S = work.reward.score
+    combine(1.0, S, 0.0, S, OUT, B)
+
+
+@block_loop
+def shift(a, c, b, X, S, Y, B):  # type: ignore[no-untyped-def]
+    """Y = a x + c + b s."""
+    for i in range(S.shape[0]):
+        for p in range(0, B, lanes(X)):
+            mean = a[i] * load(X, i, p) + c[i]
+            store(Y, i, p, mean + b * load(S, i, p))
+
+
+@glue
+def base_mean(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = a x + c + b s_0(x)."""
+    state_features(X, work.direction.shape[0], work.features, B)
+    score(prepared.base, work.base, n, work.features, work.zero, B)
+    a, c, b = prepared.scale[n], prepared.offset[n], prepared.base_gain[n]
+    shift(a, c, b, X, work.base.score, OUT, B)
+
+
+@block_loop
+def base_log_density(prepared, work, n, X, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row] = log sum_k exp l_k(x) of the density."""
+    state = work.density
+    state_features(X, work.direction.shape[0], work.along, B)
+    weigh(prepared.density, state, n, work.along, B)
+    out, top, inverse = OUT[row], state.top[0], state.inverse[0]
+    for p in range(B):
+        out[p] = top[p] - log(inverse[p])
+
+
+@glue
+def base_score(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = score of the density."""
+    state_features(X, work.direction.shape[0], work.along, B)
+    score(prepared.density, work.density, n, work.along, work.zero, B)
+    S = work.density.score
     combine(1.0, S, 0.0, S, OUT, B)

@@ -65,9 +65,12 @@ def workspace(prepared: Prepared, block: int) -> Work:
 
 
 def implementation(family: Any, name: str) -> Any:
-    """Return a family's function, or that of a start law that theta never moves."""
+    """Return a family's function, or that of a start law that theta never moves.
+
+    None if the family has none: a kernel that calls it cannot be compiled for it.
+    """
     found: Any = getattr(family, name, getattr(fixed_start, name, None))
-    return found.py_func
+    return None if found is None else found.py_func
 
 
 def primitive(stub: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,6 +143,24 @@ def step(prepared, work, n, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-d
 
     Adds |w|^2 to row 0 and w . z to row 2 of ``totals``.
     """
+
+
+@primitive
+def base_mean(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = base mean(x); leaves ``work`` as no product below expects it.
+
+    This and the next two, at times n = 0, ..., N, are of mixture families only.
+    """
+
+
+@primitive
+def base_log_density(prepared, work, n, X, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row] = log p_n(x), the density of the base process."""
+
+
+@primitive
+def base_score(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = grad log p_n(x)."""
 
 
 @primitive

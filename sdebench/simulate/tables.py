@@ -84,6 +84,9 @@ class MixtureTables(NamedTuple):
     s_0 = 0 when the base is Gaussian (K0 = 0: the score is inside a_n, c_n).
     ``tilted_derivative[p]`` is the derivative of ``tilted`` with respect to theta_p.
     X_0 ~ sum_k weight_k N(start_mean_k, diag(start_scale_k^2)).
+    ``density`` are the rows of the marginal densities p_t of the base process, at all
+    times of the grid; log p_t = log sum_k exp l_k, constants included.  They are those
+    of X_0 ~ p_{t_0}, see `starts_from_density`.  Empty where there are none.
     """
 
     scale: Array  # (N, d)  a_n
@@ -100,6 +103,7 @@ class MixtureTables(NamedTuple):
     start_scale: Array  # (Ks, d)
     noisy: Array = np.zeros(0)  # (N,) or empty
     denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
+    density: Array = np.zeros((0, 0, 0))  # (N + 1, Kp, 2d + 1) or empty
 
 
 class SineTables(NamedTuple):
@@ -142,6 +146,25 @@ def noise_mask(tables: Tables) -> Array:
     """Return 1 for the steps with noise and 0 for the others, (N,)."""
     n_steps = len(tables.offset)
     return tables.noisy if len(tables.noisy) else np.ones(n_steps)
+
+
+def has_density(tables: Tables) -> bool:
+    """Return whether the tables hold the densities of the base process."""
+    return isinstance(tables, MixtureTables) and len(tables.density) > 0
+
+
+def starts_from_density(tables: Tables) -> bool:
+    """Return whether X_0 has the density of the first time, component by component."""
+    if not has_density(tables):
+        return False
+    assert isinstance(tables, MixtureTables)
+    weight = np.diff(tables.start_cumulative, prepend=0.0)
+    mean, variance = tables.start_mean, tables.start_scale**2
+    square = np.sum(np.log(2.0 * np.pi * variance) + mean**2 / variance, axis=1)
+    constant = np.log(weight) - 0.5 * square
+    rows = np.hstack([mean / variance, -0.5 / variance, constant[:, None]])
+    density = tables.density[0]
+    return rows.shape == density.shape and np.allclose(rows, density, 1e-9, 1e-9)
 
 
 def has_start_parameters(tables: Tables) -> bool:

@@ -271,6 +271,14 @@ class TorchMixture:
     def reward_gradient(self, x: Tensor) -> Tensor:
         return _LogQuadratics(self._t.reward, x).score
 
+    def base_log_density(self, n: int, x: Tensor) -> Tensor:
+        """Return log p(x) of the base process at time n = 0, ..., N, (n,)."""
+        return torch.logsumexp(_LogQuadratics(self._t.density[n], x).values, dim=1)
+
+    def base_score(self, n: int, x: Tensor) -> Tensor:
+        """Return grad log p(x) of the base process at time n = 0, ..., N."""
+        return _LogQuadratics(self._t.density[n], x).score
+
 
 class TorchSine:
     """`SineTables` in torch."""
