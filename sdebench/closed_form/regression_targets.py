@@ -53,7 +53,7 @@ Sources: targets, Domingo-Enrich, Du and Albergo 2026, arXiv:2605.00229, Phillip
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, isinf, log, pi
@@ -137,16 +137,18 @@ class RegressionTargets:
         return known[target]
 
     def squared_errors(
-        self, target: str, alpha: float, beta: float, x_1: Array, xi: Array
+        self, targets: Sequence[str], alpha: float, beta: float, x_1: Array, xi: Array
     ) -> Array:
-        """Return |tau - grad log p*_t(x_t)|^2 (n,) of samples x_1 and xi (n, d)."""
-        c = _share(self.precision(target), alpha / beta)
-        tau = -(1.0 - c) * xi / beta
-        if c:
-            tau = tau + c * self.law.score(x_1) / alpha
+        """Return |tau - grad log p*_t(x_t)|^2 of samples x_1 and xi (n, d).
+
+        One row (n,) per target.
+        """
         marginal = self.law.push_forward(alpha, 0.0, beta**2)
-        error: Array = tau - marginal.score(alpha * x_1 + beta * xi)
-        return np.sum(error**2, axis=1)
+        best = marginal.score(alpha * x_1 + beta * xi)
+        by_data, by_noise = self.law.score(x_1) / alpha, xi / beta
+        shares = [_share(self.precision(target), alpha / beta) for target in targets]
+        labels = [c * by_data - (1.0 - c) * by_noise for c in shares]
+        return np.array([np.sum((tau - best) ** 2, axis=1) for tau in labels])
 
     # ---- what the noise is made of -----------------------------------------------
     @cached_property

@@ -310,9 +310,9 @@ def test_sampled_noise(name, share):
     targets = RegressionTargets.of(problem)
     start, end = problem.time_span
     alpha, beta, x_1, xi = draw(problem, start + share * (end - start), 5)
-    gaps = []
-    for target in _names(problem):
-        errors = targets.squared_errors(target, alpha, beta, x_1, xi)
+    gaps, names = [], _names(problem)
+    found = targets.squared_errors(names, alpha, beta, x_1, xi)
+    for target, errors in zip(names, found, strict=True):
         value, bound = targets.conditional_variance(target, alpha, beta)
         assert bound <= 1e-9 * max(value, 1.0)
         if value > 1e-12:
@@ -372,9 +372,8 @@ def test_a_wrong_share_is_seen(broken, monkeypatch):
     """A mutation of the targets' weights: sampling with the right ones disagrees."""
     rng = np.random.default_rng(1)
     x_1 = LAW.sample(rng, 1 << 15)
-    errors = SCALAR.squared_errors(
-        "novel", 0.7, 0.6, x_1, rng.standard_normal(x_1.shape)
-    )
+    xi = rng.standard_normal(x_1.shape)
+    errors = SCALAR.squared_errors(["novel"], 0.7, 0.6, x_1, xi)[0]
     monkeypatch.setattr(module, "_share", broken)
     value = SCALAR.conditional_variance("novel", 0.7, 0.6).value
     with pytest.raises(AssertionError):
