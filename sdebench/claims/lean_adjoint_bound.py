@@ -101,15 +101,15 @@ class Base(TiltingProblem):
     @property
     def data(self) -> GaussianMixture:
         """The law of the data."""
-        means = np.array(self.means)
-        variances = np.repeat(np.array(self.variances)[:, None], means.shape[1], axis=1)
-        return GaussianMixture(np.log(self.weights), means, variances)
+        return GaussianMixture.from_weights(
+            np.array(self.weights), np.array(self.means), np.array(self.variances)
+        )
 
     def build(self) -> TiltingFamily:
         schedule, start_time = SCHEDULES[self.schedule]
-        data = self.data
+        data = self.data.as_diagonal()
         base = MemorylessBase(
-            schedule, data.log_weights, data.means, data.variances, start_time
+            schedule, data.log_weights, data.means, data.covariances, start_time
         )
         dim = base.dim
         features = np.zeros((2, 2 * dim + 1))

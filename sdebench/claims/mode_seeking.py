@@ -412,9 +412,10 @@ class ModeSeeking(Claim):
         "the largest curvature at the optimum, which is that of both; for one Gaussian "
         "in the Fisher metric with backtracking. The cross-entropy stops when the "
         f"total variation of the mode weights is below {FOUND:.0f} %, J after "
-        f"{PATIENCE} times as many iterations at most; both after {GAUSSIAN_ITERATIONS} for one "
-        f"Gaussian. The laws at the start and at the ends are simulated: {N_PATHS:,} "
-        f"paths of {N_STEPS} steps of the control that samples them."
+        f"{PATIENCE} times as many iterations at most; both after "
+        f"{GAUSSIAN_ITERATIONS} for one Gaussian. The laws at the start and at the "
+        f"ends are simulated: {N_PATHS:,} paths of {N_STEPS} steps of the control that "
+        "samples them."
     )
     decision_rule: ClassVar[str] = (
         "Total variation is that of the mode weights of simulated paths, 0 for all "
@@ -458,10 +459,10 @@ class ModeSeeking(Claim):
         near, far, free, single = (s.said for s in SETTINGS)
 
         def kept(setting: str, loss: str) -> str:
-            return f"{int(ends.loc[(setting, loss), 'kept'])} of {N_MODES} modes"
+            return f"{ends['kept'][setting, loss]:.0f} of {N_MODES} modes"
 
-        def iterations(setting: str, loss: str) -> int:
-            return int(ends.loc[(setting, loss), "iterations"])
+        def iterations(setting: str, loss: str) -> str:
+            return f"{ends['iterations'][setting, loss]:.0f}"
 
         return (
             f"In affine controls descending J keeps {kept(single, ON_POLICY)} from a "
