@@ -13,9 +13,10 @@ Euler-Maruyama chain would not exist in the limit of small steps (Hutzenthaler, 
 and Kloeden 2011).
 
 The published setting is ``double_well:well=1,barrier=5`` with 200 steps; its force is
-so stiff (rate 40 in the wells) that fewer than about 80 steps are unstable.  The
-default has the same costs in wider and lower wells, rate 5.  There the process is the
-same for rescaled x and t with less noise per barrier.
+so stiff (rate 40 in the wells) that fewer than about 80 steps are unstable, and u* is
+zero until shortly before the end, so that this family, which is constant in time, does
+best with almost no control there.  The default has half the barrier and, by Brownian
+scaling, a quarter of the horizon: rate 5 in the wells, stable from about 4 steps.
 
 Source: Domingo-Enrich et al. 2023, arXiv:2312.02027, double well (d = 10, kappa = 5,
 nu = 3 or 1); the control family is ours.

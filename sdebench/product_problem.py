@@ -167,6 +167,7 @@ class ProductProblem(Problem):
         base[:, :, 1] += 1.0
         features = np.moveaxis(self.per_coordinate("features"), 1, 0)  # (P, d, J)
         gains = np.sqrt(h)[None, :, None, None] * features[:, None]
+        gains = np.ascontiguousarray(gains)
         weights = np.zeros(len(gains)) if theta is None else np.asarray(theta, float)
         return SeparableTables(
             reach=np.array([self.reach]),

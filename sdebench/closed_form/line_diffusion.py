@@ -97,6 +97,7 @@ class Motion:
     x : (n,) the points, the middle one at 0.
     weight : (n,) exp(Psi(0) - Psi).
     hamiltonian : (n, n) H.
+    differentiate : (n, n) d/dx of a sum of sinc functions.
     """
 
     def __init__(self, drift: Array, resolution: tuple[float, float]) -> None:
@@ -120,7 +121,7 @@ class Motion:
         kinetic = np.where(gap == 0, np.pi**2 / 3.0, 2.0 * sign / apart**2)
         self.hamiltonian = 0.5 * kinetic / self.spacing**2 + np.diag(energy)
         derivative = np.where(gap == 0, 0.0, sign / apart) / self.spacing
-        self._derivative = derivative
+        self.differentiate = derivative
         self.middle = half
 
     @staticmethod
@@ -148,7 +149,7 @@ class Motion:
 
     def derivative(self, f: Array) -> Array:
         """Return exp(-Psi) f' for v = exp(-Psi) f (n, m)."""
-        return self._derivative @ f + self.force[:, None] * f
+        return self.differentiate @ f + self.force[:, None] * f
 
 
 @dataclass(frozen=True)
@@ -243,23 +244,28 @@ class Value:
             slope = evaluate(polynomial.polyder(process.cost), x)
             return evaluate(process.cost, x), slope
         level = self._vectors @ (np.exp(-self._rates * left) * self._level)
-        z = (x[:, None] - motion.x) / motion.spacing
-        value = np.sinc(z) @ level
-        slope = sinc_slope(z) @ level / motion.spacing
+        # the derivative of a sum of sinc functions is one as well
+        both = np.stack([level, motion.differentiate @ level], axis=1)
+        value, slope = sinc_sums((x - motion.x[0]) / motion.spacing, both).T
         potential = evaluate(motion.potential, x)
         with np.errstate(invalid="ignore", divide="ignore"):
             found = -potential - np.log(value)
         return found, -evaluate(motion.slope, x) - slope / value
 
 
-def sinc_slope(z: Array) -> Array:
-    """Return the derivative of sin(pi z) / (pi z)."""
-    angle = np.pi * z
-    small = np.abs(z) < 1e-3
-    safe = np.where(small, 1.0, z)
-    far = (np.cos(angle) - np.sinc(z)) / safe
-    near = -np.pi * angle / 3.0 * (1.0 - angle**2 / 10.0)
-    return np.where(small, near, far)
+def sinc_sums(s: Array, values: Array) -> Array:
+    """Return sum_j values_j sin(pi (s - j)) / (pi (s - j)) at s (m,), (m, k).
+
+    With one sine for each s: sin(pi (s - j)) is (-1)^j sin(pi s).
+    """
+    nearest = np.rint(s)
+    rest = s - nearest
+    rest = np.where(np.abs(rest) < 1e-30, 1e-30, rest)
+    index = np.arange(len(values))
+    signed = np.where(index % 2 == 0, 1.0, -1.0)[:, None] * values
+    sine = np.where(nearest % 2 == 0, 1.0, -1.0) * np.sin(np.pi * rest) / np.pi
+    gaps = (nearest[:, None] - index) + rest[:, None]
+    return np.asarray(sine[:, None] * ((1.0 / gaps) @ signed))
 
 
 def check_range(x: Array, limit: float) -> None:
