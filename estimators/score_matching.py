@@ -105,8 +105,8 @@ class ScoreMatching(Estimator):
 
     Parameters
     ----------
-    target : "conditional", "target", "novel", or "affine" with the precision m.
-    precision : m > 0 of target affine; small m is target, large m conditional.
+    labels : "conditional", "target", "novel", or "affine" with the precision m.
+    precision : m > 0 of labels affine; small m is target, large m conditional.
     data : control of the paths that end in x_1: "optimal", or "theta" (of the model).
     """
 

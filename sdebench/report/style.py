@@ -24,7 +24,7 @@ COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and a full page
 _SMALL = 7.0  # points; the smallest text of a figure
 
 # Positions in the palette: blue, orange, green, vermilion, purple, brown, pink, gray,
-# yellow, sky; from 10 on the same colors, darker.
+# yellow, sky; from 10 on the same colors, darker, and from 20 on lighter.
 _ORDER = {
     "pathwise": 0,
     "continuous_adjoint": 9,
@@ -45,9 +45,17 @@ _ORDER = {
     "adjoint_matching": 2,
     "time_reversed_bsde": 12,
     "non_adapted_adjoint": 14,
+    "cross_entropy": 29,
+    "soc_matching": 23,
+    "score_matching": 22,
+    "reinforce_adjoint_matching": 21,
     "path_importance_sampling": 4,
+    "crooks": 20,
+    "jarzynski": 25,
+    "bennett": 24,
+    "feynman_kac_corrector": 28,
 }
-_DARK = -0.45
+_TONES = (0.0, -0.45, 0.45)  # of the palette's three rounds, as _SHADES
 _SPARE = (3, 9, 5, 7, 6, 8)
 _STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _SHADES = (0.0, -0.5, 0.45, -0.25, 0.25)  # towards black and towards white
@@ -58,6 +66,7 @@ _MARKERS = {
     "pinned start": "^",
     "linear, quartic reward": "v",
     "certified reference": "X",
+    "linear, radial cost": "p",
 }
 _OTHER_MARKER = "P"
 _ESTIMAND_TEXT = {
@@ -109,14 +118,21 @@ def looks(estimators: Iterable[str]) -> dict[str, Look]:
         base = name.partition(":")[0]
         i = [n for n in names if n.partition(":")[0] == base].index(name)
         # The first variant (the plain name if there is one) has the pure color.
-        shift = _SHADES[i % len(_SHADES)]
-        target = 0.0 if shift < 0.0 else 1.0
-        color = palette[slots[base] % len(palette)]
-        if slots[base] >= len(palette):
-            color = tuple((1.0 + _DARK) * c for c in color)
-        r, g, b = (c + abs(shift) * (target - c) for c in color)
-        out[name] = Look(short[name], (r, g, b), _STYLES[i % len(_STYLES)])
+        turn, place = divmod(slots[base], len(palette))
+        color = _shaded(
+            _shaded(palette[place], _TONES[turn]), _SHADES[i % len(_SHADES)]
+        )
+        out[name] = Look(short[name], color, _STYLES[i % len(_STYLES)])
     return out
+
+
+def _shaded(
+    color: tuple[float, float, float], shift: float
+) -> tuple[float, float, float]:
+    """Return a color moved towards black (shift < 0) or white (> 0)."""
+    target = 0.0 if shift < 0.0 else 1.0
+    r, g, b = (c + abs(shift) * (target - c) for c in color)
+    return r, g, b
 
 
 @contextlib.contextmanager
