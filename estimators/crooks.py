@@ -87,8 +87,9 @@ class Crooks(Estimator):
     ----------
     annealing : level of the reward in the share of steps done, "linear", "quadratic"
         or "cubic".
-    backward : variance of the backward kernels, "matched" to the forward ones, or of
-        the exact "noising": more spread with many steps, less with few.
+    backward : variance of the backward kernels, that of the exact "noising" or
+        "matched" to the forward ones: less spread with many steps, and with few of
+        infinite variance.
     """
 
     estimand: ClassVar[str] = "log_normalizer"
@@ -109,12 +110,12 @@ B_n(x', x) &= \mathcal{N}\left( x; \tfrac{\alpha_n}{\alpha_{n+1}} x'
         "which biases by -Var(weight)/(2 n_paths Z^2)"
     )
     needs: ClassVar[frozenset[str]] = frozenset({"reward_gradient", "base_density"})
-    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"backward": "noising"})
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"backward": "matched"})
     reduction: ClassVar[str] = "log_mean_exp"
     block_kernel = staticmethod(block_kernel)
 
     annealing: str = "quadratic"
-    backward: str = "matched"
+    backward: str = "noising"
 
     def __post_init__(self) -> None:
         check_annealing(self.annealing)
