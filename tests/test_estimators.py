@@ -574,6 +574,9 @@ def test_unbiased_with_the_exponential_scheme():
             tables.gain, tables.bias, *slopes, reward_only=True
         ),
         "matching_gradient": chain.matching_gradient(tables.gain, tables.bias, *slopes),
+        "cross_entropy_gradient": chain.cross_entropy_gradient(
+            tables.gain, tables.bias, *slopes
+        ),
         "log_normalizer": np.array([chain.log_normalizer()]),
     }
     group = unbiased_estimators()

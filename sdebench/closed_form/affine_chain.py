@@ -601,6 +601,12 @@ class PolicyChain(NamedTuple):
             step_weights=step_weights,
         )
 
+    def cross_entropy_gradient(self) -> Array:
+        """Return `AffineChain.cross_entropy_gradient` for this policy."""
+        return self.chain.cross_entropy_gradient(
+            self.gain, self.bias, self.gain_derivative, self.bias_derivative
+        )
+
     def costate_gradient(self, costate: tuple[Array, Array]) -> Array:
         """Return `AffineChain.costate_gradient` for this policy."""
         return self.chain.costate_gradient(
