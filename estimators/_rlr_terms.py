@@ -24,6 +24,7 @@ from sdebench.simulate import primitives
 from sdebench.simulate.jit import kernel
 from sdebench.simulate.linear import FULL, NOISE, PreparedLinear
 from sdebench.simulate.mixture import PreparedMixture
+from sdebench.simulate.separable import PreparedSeparable
 from sdebench.simulate.sine import PreparedSine
 from sdebench.simulate.tile import affine, clear, combine, lanes, load, store
 
@@ -50,6 +51,13 @@ def _solve_sine(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-def]
     affine(inverse, inverse.shape[1], work.zero, V, OUT, B)
 
 
+def _solve_separable(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-def]
+    for i in range(V.shape[0]):
+        g = prepared.noise[n, i]
+        for p in range(0, B, lanes(V)):
+            store(OUT, i, p, load(V, i, p) / g)
+
+
 def _solve_mixture(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-def]
     g = prepared.noise[n]
     combine(1.0 / g, V, g * 0, V, OUT, B)
@@ -65,6 +73,7 @@ def _solve_by_family(prepared, *args):  # type: ignore[no-untyped-def]
         PreparedLinear: _solve_linear,
         PreparedMixture: _solve_mixture,
         PreparedSine: _solve_sine,
+        PreparedSeparable: _solve_separable,
     }
     return solvers.get(getattr(prepared, "instance_class", None))
 

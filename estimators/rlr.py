@@ -6,9 +6,9 @@ of terms for its summands: at the last step the summand itself (first order); at
 step -r (dw_n/dtheta)^T z_n (zeroth order, REINFORCE); and for a block of steps
 a, ..., b the derivative of the mean of X_{b+1} through the block, times the score of
 z_b and -r (half order).  The sum is unbiased if every step is covered once, for every
-fixed place of the block.  The paper counts the sampling steps backwards, 1 for the
-last; its index set covers step 1 twice, by the first-order term and by a zeroth-order
-one or the block.
+fixed place of the block, and so for one chosen by other paths.  The paper counts the
+sampling steps backwards, 1 for the last; its index set covers step 1 twice, by the
+first-order term and by a zeroth-order one or the block.
 "printed" keeps that, "corrected" keeps step 1 out of both.
 
 The half-order term divides the score by the noise of a single step: G_n must be
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 COVERAGES = ("corrected", "printed")
 TERMS = ("all", "half_order", "zeroth_order")
 BASELINES = ("none", "leave_one_out")
+PLACEMENTS = ("uniform", "adaptive")
+PLACES = 4
+"""Places of the block that adaptive placement compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,10 @@ class RLR(CompositeEstimator):
     Parameters
     ----------
     block : number of steps of the half-order block; 0 for none.
-    start : first step of the block; -1: uniform, drawn anew for every replicate.
+    start : first step of the block; -1: chosen by ``placement``.
+    placement : "uniform", drawn anew for every replicate, or "adaptive": each half of
+        the paths uses the place, of `PLACES` evenly spaced ones, whose terms varied
+        least on the other half.
     coverage : "corrected" (every step once) or "printed" (the last step twice).
     terms : "all", "half_order" (the block alone) or "zeroth_order" (REINFORCE).
     baseline : "leave_one_out" (the mean reward of the other paths) or "none".
@@ -75,6 +81,7 @@ g &= -\left( \frac{\partial w_{N-1}}{\partial \theta} \right)^\top G_{N-1}^\top
 
     block: int = 2
     start: int = -1
+    placement: str = "uniform"
     coverage: str = "corrected"
     terms: str = "all"
     baseline: str = "leave_one_out"
@@ -84,12 +91,23 @@ g &= -\left( \frac{\partial w_{N-1}}{\partial \theta} \right)^\top G_{N-1}^\top
             ("coverage", COVERAGES),
             ("terms", TERMS),
             ("baseline", BASELINES),
+            ("placement", PLACEMENTS),
         ):
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
         if self.block < 0 or self.start < -1:
             raise ParameterError(
                 f"block {self.block} and start {self.start} must be at least 0 and -1"
+            )
+        if self.placement == "adaptive" and self.start >= 0:
+            raise ParameterError(
+                f"start {self.start} fixes the place of the block; leave out placement "
+                "adaptive, or start"
+            )
+        if self.placement == "adaptive" and self.terms == "half_order":
+            raise ParameterError(
+                "placement adaptive needs terms that cover every step at every place; "
+                "terms half_order cover the block alone"
             )
         if self.terms == "half_order" and self.block == 0:
             raise ParameterError("terms half_order needs a block of at least 1 step")
@@ -147,6 +165,10 @@ g &= -\left( \frac{\partial w_{N-1}}{\partial \theta} \right)^\top G_{N-1}^\top
     def needs_invertible_noise(self) -> bool:
         return self._block > 0
 
+    @property
+    def _adaptive(self) -> bool:
+        return self.placement == "adaptive" and self._block > 0
+
     def group_size(self, n_paths: int) -> int:
         coupled = self.baseline != "none" or (self.start < 0 and self._block > 0)
         return n_paths if coupled else 1
@@ -154,6 +176,8 @@ g &= -\left( \frac{\partial w_{N-1}}{\partial \theta} \right)^\top G_{N-1}^\top
     def not_applicable(self, n_paths: int) -> str | None:
         if self.baseline != "none" and n_paths < 2:
             return f"baseline {self.baseline} needs at least 2 paths per replicate"
+        if self._adaptive and n_paths < 4:
+            return "placement adaptive needs at least 4 paths per replicate"
         return None
 
     def target(self, policy: PolicyChain) -> Array:
@@ -162,10 +186,34 @@ g &= -\left( \frac{\partial w_{N-1}}{\partial \theta} \right)^\top G_{N-1}^\top
 
     def run(self, runner: Runner) -> Array:
         starts = self._starts(runner.n_steps)
+        if self._adaptive:
+            return self._chosen_by_the_other_half(runner, starts)
         start = int(runner.rng().choice(starts)) if len(starts) > 1 else starts[0]
+        return self._gradients(*self._parts(runner, start))
+
+    def _parts(self, runner: Runner, start: int) -> tuple[Array, Array]:
+        """Return the first-order term (P, n), and terms (P, n) and reward (1, n)."""
         (rows,) = runner.run(self._terms(start, runner.n_steps))
-        weighted, first = np.split(rows[:-1], 2)
-        reward = rows[-1]
+        count = len(rows) // 2
+        return rows[count:-1], np.concatenate([rows[:count], rows[-1:]])
+
+    def _gradients(self, first: Array, weighted: Array) -> Array:
+        reward = weighted[-1]
         if self.baseline == "leave_one_out":
-            reward = advantages(reward, runner.n_paths, leave_one_out=True)
-        return -first - reward * weighted
+            reward = advantages(reward, len(reward), leave_one_out=True)
+        return -first - reward * weighted[:-1]
+
+    def _chosen_by_the_other_half(self, runner: Runner, starts: range) -> Array:
+        """Return the rows with a place that does not depend on a path's own noise."""
+        even = np.linspace(0, len(starts) - 1, min(PLACES, len(starts)))
+        parts = [self._parts(runner, starts[round(i)]) for i in even]
+        halves = np.array_split(np.arange(runner.n_paths), 2)
+        chosen = np.empty((runner.n_params, runner.n_paths))
+        for own, other in (halves, halves[::-1]):
+            # with a baseline of the other half alone, which owes nothing to this one
+            spread = [
+                self._gradients(first[:, other], weighted[:, other]).var(axis=1).sum()
+                for first, weighted in parts
+            ]
+            chosen[:, own] = self._gradients(*parts[np.argmin(spread)])[:, own]
+        return chosen

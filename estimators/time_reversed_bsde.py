@@ -31,7 +31,7 @@ models", arXiv:2603.20455; its predecessors are arXiv:2403.02044 and arXiv:2410.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,6 +39,7 @@ import numpy as np
 
 from sdebench.errors import unknown
 from sdebench.estimator import Array, Estimator, Sizes
+from sdebench.estimators._costate_network import NetworkScore, NetworkSlice
 from sdebench.estimators._costate_regression import (
     Slice,
     check_degree,
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 
     from sdebench.closed_form.affine_chain import PolicyChain
     from sdebench.view import View
+
+Costate = Slice | NetworkSlice
 
 SHIFT = 3
 """The reversed path i takes the noise of the forward path i + SHIFT."""
@@ -184,7 +187,8 @@ def block_kernel(
 
 ADJOINTS = {"frozen": "matching_gradient", "full": "gradient"}
 INCREMENTS = ("aligned", "misaligned")
-SCORES = ("fitted", "none")
+FEATURES = ("polynomials", "network")
+SCORES = ("fitted", "network", "none")
 NEEDS = {
     "drift_vjp",
     "control_parameter_vjp",
@@ -200,12 +204,14 @@ class TimeReversedBSDE(Estimator):
     Parameters
     ----------
     degree : of the polynomials that the costate is regressed on.
+    features : "polynomials", by least squares, or a small "network" on top of them,
+        which is trained by gradient descent and runs in torch alone.
     adjoint : "frozen" control (lean adjoint) or "full", whose estimand is the gradient
         of J.
     increments : "aligned", the same in state and label, or "misaligned", as in the
         first released code: the label takes the increment of the next step and the
         slope at the new state.
-    score : "fitted", the affine score of the simulated states, or "none".
+    score : of the simulated states: "fitted", affine, a small "network", or "none".
     """
 
     source: ClassVar[str] = "Mei and Taghvaei 2026, arXiv:2603.20455, algorithm"
@@ -233,6 +239,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     block_kernel = staticmethod(block_kernel)
 
     degree: int = 1
+    features: str = "polynomials"
     adjoint: str = "frozen"
     increments: str = "aligned"
     score: str = "fitted"
@@ -242,6 +249,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     def __post_init__(self) -> None:
         check_degree(self.degree)
         for name, allowed in (
+            ("features", FEATURES),
             ("adjoint", ADJOINTS),
             ("increments", INCREMENTS),
             ("score", SCORES),
@@ -265,6 +273,11 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     @property
     def handles_initial_law(self) -> bool:
         return True
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        trained = "network" in (self.features, self.score)
+        return ("torch",) if trained else ("numba", "torch")
 
     @property
     def kernel_options(self) -> tuple[int | float, ...]:
@@ -303,7 +316,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
 
     def costates(
         self, view: View, first: int = 1
-    ) -> tuple[dict[int, Slice], dict[int, Tensor], dict[int, Tensor]]:
+    ) -> tuple[dict[int, Costate], dict[int, Tensor], dict[int, Tensor]]:
         """Return the fitted costates and the reversed states and labels by step.
 
         Parameters
@@ -312,18 +325,49 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
         """
         x = view.rollout().states[-1]
         y = -view.reward_gradient(x)
-        states, labels, slices = {}, {}, {}
+        states: dict[int, Tensor] = {}
+        labels: dict[int, Tensor] = {}
+        slices: dict[int, Costate] = {}
+        score: Callable[[Tensor], Tensor] | None = None
         for n in reversed(range(first - 1, view.n_steps)):
             states[n + 1], labels[n + 1] = x, y
-            slices[n + 1] = Slice.fit(x, y, self.degree)
+            slices[n + 1] = self._fit(x, y, slices.get(n + 2))
             if n >= first:
-                x, y = self._step_back(view, n, x, y, slices[n + 1])
+                score = self.fit_score(view.rollout().states[n + 1], score)
+                x, y = self.step_back(view, n, x, y, slices[n + 1], score)
         return slices, states, labels
 
-    def _step_back(
-        self, view: View, n: int, x: Tensor, y: Tensor, phi: Any
+    def _fit(self, x: Tensor, y: Tensor, last: Costate | None) -> Costate:
+        if self.features == "polynomials":
+            return Slice.fit(x, y, self.degree)
+        assert last is None or isinstance(last, NetworkSlice)
+        return NetworkSlice.fit(x, y, self.degree, last)
+
+    def fit_score(
+        self, states: Tensor, last: Callable[[Tensor], Tensor] | None = None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Return the score fitted to simulated states (n, d), or None for none.
+
+        ``last`` : that of the later slice, with which the training of a network begins.
+        """
+        if self.score == "none":
+            return None
+        if self.score == "network":
+            assert last is None or isinstance(last, NetworkScore)
+            return NetworkScore.fit(states, last)
+        slope, offset = gaussian_score(states)
+        return lambda x: x.double() @ slope.T + offset
+
+    def step_back(
+        self,
+        view: View,
+        n: int,
+        x: Tensor,
+        y: Tensor,
+        phi: Any,
+        score: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return states and labels at n from those at n + 1 and phi_{n+1}."""
+        """Return states and labels at n from those at n + 1, phi_{n+1} and s_{n+1}."""
         import torch
 
         paths = view.rollout()
@@ -331,9 +375,8 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
         noise = view.apply_noise(n, eye).T
         spread = noise @ noise.T
         drift = torch.zeros_like(x)
-        if self.score == "fitted":
-            slope, offset = gaussian_score(paths.states[n + 1])
-            drift = ((x.double() @ slope.T + offset) @ spread.double()).to(x.dtype)
+        if score is not None:
+            drift = (score(x) @ spread.double()).to(x.dtype)
 
         def shock(step: int, shift: int = SHIFT) -> Tensor:
             return paths.noises[step].roll(-shift, 0) @ noise.T
@@ -375,7 +418,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
             policy,
             full=self.adjoint == "full",
             aligned=self.increments == "aligned",
-            fitted=self.score == "fitted",
+            fitted=self.score != "none",
         )
         return policy.costate_gradient(costate)
 

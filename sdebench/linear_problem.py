@@ -31,7 +31,11 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from sdebench.closed_form.affine_chain import AffineChain, parameter_derivatives
-from sdebench.closed_form.initial_law import InitialLawFamily, relative_entropy
+from sdebench.closed_form.initial_law import (
+    InitialLawFamily,
+    expected_score,
+    relative_entropy,
+)
 from sdebench.closed_form.linear_quadratic import (
     LinearQuadratic,
     PolicyGradient,
@@ -409,6 +413,7 @@ class LinearTruth(Truth):
         self._known: dict[float, tuple[Array, Array]] = {}
         self._objectives: dict[tuple[bytes, bool], PolicyObjective] = {}
         self._matchings: dict[bytes, PolicyGradient] = {}
+        self._cross_entropies: dict[bytes, PolicyGradient] = {}
 
     def control(self, x: Array, t: float) -> Array:
         return self._model.control(*self._at(x, t))
@@ -538,6 +543,26 @@ class LinearTruth(Truth):
             )
         return self._matchings[key]
 
+    def _policy_cross_entropy(self, theta: Array) -> PolicyGradient:
+        key = theta.tobytes()
+        if key not in self._cross_entropies:
+            found = self._model.cross_entropy_gradient(
+                *self._law(theta), self._dgain, self._dbias
+            )
+            score = self._start_score(theta)
+            self._cross_entropies[key] = found._replace(gradient=found.gradient - score)
+        return self._cross_entropies[key]
+
+    def _start_score(self, theta: Array) -> Array:
+        """Return the expected score (P,) of the law of X_0 under the tilted one."""
+        family, score = self._linear.initial_family, np.zeros(self._linear.n_params)
+        if family is not None:
+            parameters = self._linear.start_parameters(theta)
+            law, slopes = family.moments(parameters), family.derivatives()
+            found = expected_score(*law, slopes, *self._model.tilted_start())
+            score[-len(found) :] = found
+        return score
+
     def _objective(self, theta: Array) -> float:
         return self._policy_objective(theta).objective
 
@@ -565,6 +590,9 @@ class LinearTruth(Truth):
 
     def _matching_gradient(self, theta: Array) -> Array:
         return self._policy_matching(theta).gradient
+
+    def _cross_entropy_gradient(self, theta: Array) -> Array:
+        return self._policy_cross_entropy(theta).gradient
 
     def _control_error(self, theta: Array) -> float:
         # Not by the regret identity: near the optimum its difference cancels.
@@ -595,6 +623,8 @@ class LinearTruth(Truth):
             return float(self._policy_objective(theta, reward_only=True).error_bound)
         if quantity == "matching_gradient":
             return float(self._policy_matching(theta).error_bound)
+        if quantity == "cross_entropy_gradient":
+            return float(self._policy_cross_entropy(theta).error_bound)
         if quantity == "control_error":
             found = self._model_at(theta).control_error(*self._law(theta))
             return float(found.error_bound)

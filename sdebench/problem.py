@@ -48,6 +48,7 @@ ESTIMANDS = {
     "gradient": "gradient of the control objective J",
     "reward_only_gradient": "gradient of -E r(X_T), without control and running cost",
     "matching_gradient": "gradient of the adjoint-matching loss",
+    "cross_entropy_gradient": "gradient of KL(P* || P_theta), P* the tilted path law",
     "log_normalizer": "log Z",
 }
 """What can be estimated, each with an exact answer in `Truth`."""
@@ -361,6 +362,12 @@ class Truth:
     def _matching_gradient(self, theta: Array) -> Array:
         raise NotImplementedError
 
+    def _cross_entropy_gradient(self, theta: Array) -> Array:
+        raise NotExactError(
+            "the gradient of the cross-entropy is exact on linear-quadratic problems "
+            "and the tilting family only: the tilted path law has no closed form here"
+        )
+
     def _optimal_cost(self) -> float:
         return self._objective(self._problem.theta_star)
 
@@ -480,6 +487,20 @@ class Truth:
             return self._matching_gradient(self._problem.theta(theta))
         chain, coefficients = self._discrete(theta, n_steps, scheme)
         return chain.matching_gradient(*coefficients)
+
+    def cross_entropy_gradient(
+        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    ) -> Array:
+        """Return the gradient of KL(P* || P_theta), (P,).
+
+        P* is the base path law times exp(r(X_T) - int f) / Z, so that X_0 is tilted
+        too: E* int (du_theta/dtheta)^T (u_theta - u*) dt, and minus the expected score
+        of the law of X_0 where theta moves it.
+        """
+        if n_steps is None:
+            return self._cross_entropy_gradient(self._problem.theta(theta))
+        chain, coefficients = self._discrete(theta, n_steps, scheme)
+        return chain.cross_entropy_gradient(*coefficients)
 
     def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         """Return the least objective, J(u*) = -E_{p_0} log h(X_0, t_0).

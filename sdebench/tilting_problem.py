@@ -185,6 +185,7 @@ class TiltingTruth(Truth):
             tuple[bytes, bool], tuple[float, Array, float, float]
         ] = {}
         self._matchings: dict[bytes, tuple[Array, float]] = {}
+        self._cross_entropies: dict[bytes, tuple[Array, float]] = {}
 
     def control(self, x: Array, t: float) -> Array:
         return self._family.control(*self._at(x, t), self._family.theta_star)
@@ -223,6 +224,12 @@ class TiltingTruth(Truth):
             self._matchings[key] = self._family.matching_gradient(theta)
         return self._matchings[key]
 
+    def _policy_cross_entropy(self, theta: Array) -> tuple[Array, float]:
+        key = theta.tobytes()
+        if key not in self._cross_entropies:
+            self._cross_entropies[key] = self._family.cross_entropy_gradient(theta)
+        return self._cross_entropies[key]
+
     def _objective(self, theta: Array) -> float:
         return self._policy_objective(theta)[0]
 
@@ -237,6 +244,9 @@ class TiltingTruth(Truth):
 
     def _matching_gradient(self, theta: Array) -> Array:
         return self._policy_matching(theta)[0].copy()
+
+    def _cross_entropy_gradient(self, theta: Array) -> Array:
+        return self._policy_cross_entropy(theta)[0].copy()
 
     def initial_value_bias(self) -> float:
         """Return log Z minus its value for an independent start and end.
@@ -278,6 +288,8 @@ class TiltingTruth(Truth):
         theta = self._problem.theta("optimum" if theta is None else theta)
         if quantity == "matching_gradient":
             return self._policy_matching(theta)[1]
+        if quantity == "cross_entropy_gradient":
+            return self._policy_cross_entropy(theta)[1]
         if quantity in ("reward_only_objective", "reward_only_gradient"):
             return self._policy_objective(theta, reward_only=True)[2]
         if quantity in ("objective", "gradient"):

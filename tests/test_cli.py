@@ -342,6 +342,13 @@ def test_run_table_plot(sdebench, tmp_path):
     code, out, _ = sdebench("table", str(tmp_path / "quick"), "--format", "md")
     assert code == 0
     assert "brownian" in out
+    short = ("table", str(tmp_path), "--headline", "--format", "csv")
+    code, out, _ = sdebench(*short)
+    assert {"point", "efficiency"}.isdisjoint(out.splitlines()[0].split(","))
+    lines = len(out.splitlines())
+    code, out, _ = sdebench(*short, "--point", "halfway", "--point", "optimum")
+    assert {"point", "efficiency"} <= set(out.splitlines()[0].split(","))
+    assert len(out.splitlines()) == 2 * lines - 1
     code, out, _ = sdebench("plot", str(tmp_path), "-o", str(tmp_path / "f"), "--json")
     assert code == 0
     assert all(Path(path).exists() for path in json.loads(out))

@@ -10,7 +10,7 @@ import scipy.linalg
 import sdebench
 from sdebench.errors import NotApplicableError, ParameterError
 from sdebench.linear_problem import LinearProblem
-from sdebench.simulate.tables import LinearTables, SineTables
+from sdebench.simulate.tables import LinearTables, SeparableTables, SineTables
 from sdebench.tilting_problem import TiltingProblem
 
 every_problem = pytest.mark.parametrize(
@@ -85,6 +85,12 @@ def test_shapes_dtypes_and_layout(problem):
         assert tables.basis.shape == (n_params, n_maps, n_steps)
         assert tables.feature_gain.shape == (n_maps, n_steps, d, d)
         assert tables.reward_constant.shape == (1,)
+    elif isinstance(tables, SeparableTables):
+        degrees = tables.gain.shape[2]
+        assert tables.gain_derivative.shape == (n_params, n_steps, d, degrees)
+        assert tables.base.shape[:2] == tables.noise.shape == (n_steps, d)
+        assert tables.running.shape[0] == n_steps
+        assert len(tables.wave) in (0, n_steps)
     else:
         count = tables.tilted.shape[1]
         assert tables.tilted_derivative.shape == (n_params, n_steps, count, 2 * d + 1)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -35,7 +34,7 @@ import pandas as pd
 from sdebench import registry
 from sdebench.claims._claim import JOINTLY, Check, Claim
 from sdebench.claims.lean_adjoint import is_open_loop
-from sdebench.closed_form.linear_quadratic import LinearQuadratic
+from sdebench.experiments.chain_optimum import ChainOptimum
 from sdebench.experiments.comparisons import power, relative_bias, replicate_values
 from sdebench.experiments.experiment import (
     LEVEL,
@@ -45,8 +44,7 @@ from sdebench.experiments.experiment import (
     records,
     signed,
 )
-from sdebench.experiments.measuring import Array, gradient_scale, sample
-from sdebench.linear_problem import LinearProblem, Profile
+from sdebench.experiments.measuring import gradient_scale, sample
 from sdebench.measure.intervals import Interval, variance_interval
 from sdebench.measure.moments import sample_moments
 from sdebench.problem import Problem
@@ -89,33 +87,7 @@ ROUNDING = 1e-20
 """Relative variance that counts as none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ChainOptimum(LinearProblem):
-    """A problem whose control is theta times the optimal one of its N-step chain."""
-
-    base: LinearProblem
-    n_steps: int
-
-    def build(self) -> LinearQuadratic:
-        return self.base.model
-
-    @property
-    def profiles(self) -> tuple[Profile, ...]:
-        return (Profile("factor", 0, 0),)
-
-    @property
-    def theta_star(self) -> Array:
-        return np.ones(1)
-
-    def spatial_map(self, name: str, t: Array) -> tuple[Array, Array]:
-        chain = self.base.truth.policy_chain("optimum", self.n_steps).chain
-        gain, bias = chain.optimal_feedback()
-        step = self.model.horizon / self.n_steps
-        n = np.minimum(np.rint(t / step).astype(int), self.n_steps - 1)
-        return gain[n] / sqrt(step), bias[n] / sqrt(step)
-
-
-def chain_variance(problem: _ChainOptimum) -> float:
+def chain_variance(problem: ChainOptimum) -> float:
     """Return the exact variance of sticking the landing at the chain's optimum."""
     policy = problem.truth.policy_chain("optimum", problem.n_steps)
     chain, gain, bias = policy.chain, policy.gain, policy.bias
@@ -129,10 +101,10 @@ def chain_variance(problem: _ChainOptimum) -> float:
     return float(np.sum(mean**2) + spread)
 
 
-def chain_problems() -> list[_ChainOptimum]:
+def chain_problems() -> list[ChainOptimum]:
     """Return the problems of the exact check."""
     bases = OUQuadraticEasy(dim=2), DDPMChain()
-    return [_ChainOptimum(base=b, n_steps=n) for b in bases for n in CHAIN_STEPS]
+    return [ChainOptimum(base=b, n_steps=n) for b in bases for n in CHAIN_STEPS]
 
 
 @dataclass(frozen=True)
@@ -339,7 +311,7 @@ def _means(problem: Problem, seed: int) -> Iterator[dict[str, Any]]:
     yield {"kind": "mean"} | keys | columns(gap.scaled(100.0))
 
 
-def _closed(problem: _ChainOptimum, seed: int) -> dict[str, Any]:
+def _closed(problem: ChainOptimum, seed: int) -> dict[str, Any]:
     """Return the measured variance at the optimum of a chain, and the exact one."""
     n_steps = problem.n_steps
     ((moments, _),) = sample(problem, [LANDING], "optimum", n_steps, N_PAIRED, seed)

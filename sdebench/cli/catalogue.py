@@ -139,6 +139,9 @@ def truth(
             "objective": lambda: float(exact.objective(theta, n_steps=steps)),
             "gradient": lambda: exact.gradient(theta, n_steps=steps),
             "matching_gradient": lambda: exact.matching_gradient(theta, n_steps=steps),
+            "cross_entropy_gradient": lambda: exact.cross_entropy_gradient(
+                theta, n_steps=steps
+            ),
             "optimal_cost": lambda: float(exact.optimal_cost(n_steps=steps)),
             "control_error": lambda: float(exact.control_error(theta)),
             "control_error_discrete": lambda: float(

@@ -33,7 +33,8 @@ def output(command: Callable[..., Any]) -> Callable[..., Any]:
 HEADLINE = click.option(
     "--headline",
     is_flag=True,
-    help="Only the cells with every setting at its default, at halfway.",
+    help="Only the cells with every setting at its default, at halfway "
+    "or the given points.",
 )
 
 

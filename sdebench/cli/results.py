@@ -37,12 +37,22 @@ def print_table(
     write_text(render(frame, kind, columns), output)
 
 
-def shorten(frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...] | None]:
-    """Return the rows and columns of a first look, or everything if there are none."""
+def shorten(
+    frame: pd.DataFrame, every_point: bool = False
+) -> tuple[pd.DataFrame, tuple[str, ...] | None]:
+    """Return the rows and columns of a first look, or everything if there are none.
+
+    At "halfway", or at ``every_point`` of the frame with the efficiency as well.
+    """
     from sdebench.report.selection import HEADLINE_COLUMNS, headline
 
-    chosen = headline(frame)
-    return (chosen, HEADLINE_COLUMNS) if len(chosen) else (frame, None)
+    if not every_point:
+        chosen = headline(frame)
+        return (chosen, HEADLINE_COLUMNS) if len(chosen) else (frame, None)
+    chosen = headline(frame, set(frame["point"]))
+    problem, estimator, *others, verdict = HEADLINE_COLUMNS
+    columns = (problem, estimator, "point", *others, "efficiency", verdict)
+    return (chosen, columns) if len(chosen) else (frame, None)
 
 
 def chosen_rows(folder: Path, patterns: dict[str, tuple[str, ...]]) -> pd.DataFrame:
@@ -88,7 +98,8 @@ def table(
                 f"{'|'.join(FORMATS)}"
             )
     frame = chosen_rows(folder, patterns)
-    shown, columns = shorten(frame) if headline else (frame, None)
+    every_point = bool(patterns["point"])
+    shown, columns = shorten(frame, every_point) if headline else (frame, None)
     print_table(shown, format, output, columns)
 
 
@@ -121,7 +132,7 @@ def plot(
 ) -> None:
     """Draw the figures of the results in FOLDER and print their paths."""
     frame = chosen_rows(folder, patterns)
-    shown = shorten(frame)[0] if headline else frame
+    shown = shorten(frame, bool(patterns["point"]))[0] if headline else frame
     paths = [str(p) for p in draw_figures(shown, output or folder / "figures", formats)]
     if as_json:
         print_json(paths)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sdebench.errors import ParameterError
+from sdebench.errors import NotExactError, ParameterError
 from sdebench.simulate.tables import (
     LinearTables,
     has_start_parameters,
@@ -37,6 +37,7 @@ from sdebench.simulate.tables import (
 )
 
 from .hamiltonian import Value, log_expectation, symmetric
+from .initial_law import expected_score
 from .linear_quadratic import LinearQuadratic
 from .quartic import check_quartic, require_quadratic, stein_quadratic
 from .validation import check_array, check_covariance
@@ -271,6 +272,39 @@ class AffineChain:
         value = Value(P, p, float(rho))
         return log_expectation(value, *self._reference_start())
 
+    def tilted_moments(self) -> tuple[Array, Array]:
+        """Return means (N + 1, d) and covariances (N + 1, d, d) of the tilted chain P*.
+
+        P* is the base chain times exp(r - sum_n 1/2 X_n^T F_n X_n) / Z.  X_0 is tilted
+        by h_0; the noise of a step given X_n is N(K_n X_n + k_n, (I + G^T P G)^-1)
+        with the best feedback: no control gives this chain its smaller noise.
+
+        Raises
+        ------
+        NotExactError
+            With steps without noise, whose density under a control does not exist.
+        """
+        if not np.all(np.asarray(self.noisy) > 0.0):
+            raise NotExactError(
+                "the tilted chain has no density with respect to a controlled one "
+                "where steps have no noise"
+            )
+        P, p, _, K, k = self._recursion(log_determinant=True)
+        self.log_normalizer()  # says so where it is infinite
+        mean, covariance = self._reference_start()
+        shrink = np.linalg.inv(np.eye(self.dim) + covariance @ P[0])
+        means, covariances = np.empty_like(p), np.empty_like(P)
+        means[0] = shrink @ (mean - covariance @ p[0])
+        covariances[0] = symmetric(shrink @ covariance)
+        closed, drift = self.closed_loop(K, k)
+        for n, (B, G) in enumerate(zip(closed, self.noise, strict=True)):
+            narrowed = np.eye(G.shape[1]) + G.T @ P[n + 1] @ G
+            means[n + 1] = B @ means[n] + drift[n]
+            covariances[n + 1] = symmetric(
+                B @ covariances[n] @ B.T + G @ np.linalg.solve(narrowed, G.T)
+            )
+        return means, covariances
+
     # ------------------------------------------------------------- one feedback
 
     def moments(self, gain: Array, bias: Array) -> tuple[Array, Array]:
@@ -376,6 +410,31 @@ class AffineChain:
         adjoint = self.adjoint(gain, bias, lean=True)
         return self._contract(gain, bias, gain_derivative, bias_derivative, adjoint)
 
+    def cross_entropy_gradient(
+        self, gain: Array, bias: Array, gain_derivative: Array, bias_derivative: Array
+    ) -> Array:
+        """Return the gradient (P,) of KL(P* || law of the feedback).
+
+        P* is the law of ``tilted_moments``.  It is E* sum_n (dw_n)^T (w_n - w*_n) with
+        the best feedback w*_n, and minus the expected score of the law of X_0 with
+        start parameters.  The arguments are those of ``gradient``.
+        """
+        gain, bias = self._check_feedback(gain, bias)
+        best_gain, best_bias = self.optimal_feedback()
+        means, covariances = self.tilted_moments()
+        result = self._project(
+            gain_derivative,
+            bias_derivative,
+            (gain - best_gain, bias - best_bias),
+            (means, covariances),
+        )
+        start = self.start_parameters
+        if start is None:
+            return result
+        derivatives = start.mean_derivative, start.factor_derivative
+        law = np.asarray(self.start_mean), start.factor
+        return result - expected_score(*law, derivatives, means[0], covariances[0])
+
     def adjoint(
         self, gain: Array, bias: Array, *, lean: bool = False, reward_only: bool = False
     ) -> tuple[Array, Array]:
@@ -416,24 +475,41 @@ class AffineChain:
 
         And, with start parameters, E[(dX_0)^T adjoint_0 + own d(relative entropy)].
         """
-        n_params = len(gain_derivative)
-        n, d, m = self.noise.shape
-        dK = check_array("gain_derivative", gain_derivative, (n_params, n, m, d))
-        dk = check_array("bias_derivative", bias_derivative, (n_params, n, m))
-        means, covariances = self.moments(gain, bias)
         closed, drift = self.closed_loop(gain, bias)
         S, s = adjoint[0][1:], adjoint[1][1:]
         transposed = np.swapaxes(self.noise, 1, 2)
         # own w_n + G^T E[adjoint_{n+1} | X_n = x] = R x + e
         R = own * gain + transposed @ S @ closed
         e = own * bias + np.einsum("nmd,nd->nm", transposed, _apply(S, drift) + s)
-        second = covariances + means[:, :, None] * means[:, None, :]
-        second, means = second[:-1], means[:-1]
+        law = self.moments(gain, bias)
+        result = self._project(gain_derivative, bias_derivative, (R, e), law)
+        return result + self._start_part(adjoint[0][0], adjoint[1][0], own)
+
+    def _project(
+        self,
+        gain_derivative: Array,
+        bias_derivative: Array,
+        label: tuple[Array, Array],
+        law: tuple[Array, Array],
+    ) -> Array:
+        """Return sum_n E[(dw_n)^T (R_n X_n + e_n)], (P,).
+
+        Parameters
+        ----------
+        gain_derivative, bias_derivative : as in ``gradient``.
+        label : R (N, m, d) and e (N, m).
+        law : means (N + 1, d) and covariances (N + 1, d, d) of the states.
+        """
+        n_params = len(gain_derivative)
+        n, d, m = self.noise.shape
+        dK = check_array("gain_derivative", gain_derivative, (n_params, n, m, d))
+        dk = check_array("bias_derivative", bias_derivative, (n_params, n, m))
+        (R, e), means = label, law[0][:-1]
+        second = law[1][:-1] + means[:, :, None] * means[:, None, :]
         in_gain = R @ second + e[:, :, None] * means[:, None, :]
         in_bias = _apply(R, means) + e
         result: Array = np.einsum("pnmd,nmd->p", dK, in_gain)
-        result = result + np.einsum("pnm,nm->p", dk, in_bias)
-        return result + self._start_part(adjoint[0][0], adjoint[1][0], own)
+        return result + np.einsum("pnm,nm->p", dk, in_bias)
 
     def _start_part(self, S: Array, s: Array, own: float) -> Array | float:
         """Return E[(dX_0/dtheta)^T (S X_0 + s)] + own d(relative entropy)/dtheta."""
@@ -523,6 +599,12 @@ class PolicyChain(NamedTuple):
             self.bias_derivative,
             reward_only=reward_only,
             step_weights=step_weights,
+        )
+
+    def cross_entropy_gradient(self) -> Array:
+        """Return `AffineChain.cross_entropy_gradient` for this policy."""
+        return self.chain.cross_entropy_gradient(
+            self.gain, self.bias, self.gain_derivative, self.bias_derivative
         )
 
     def costate_gradient(self, costate: tuple[Array, Array]) -> Array:

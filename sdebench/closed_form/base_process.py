@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.polynomial.legendre import leggauss
+from scipy.special import exprel
 
 from sdebench.closed_form.log_quadratics import Array, gaussian_rows, gradient
 from sdebench.closed_form.schedule import Schedule
@@ -375,3 +376,42 @@ class PinnedBase(BaseProcess):
 
     def linear_growth(self, s: float, t: float) -> float:
         return 1.0
+
+
+@dataclass(frozen=True)
+class GeometricPinnedBase(PinnedBase):
+    """Brownian motion from the point x_0 whose noise level falls geometrically.
+
+    sigma_t = noise_level (final_noise_level / noise_level)^(t / T), so that the noise
+    that is left at t is about sigma_t^2 T / (2 log ratio): uniform time steps resolve
+    every scale alike, from the spread of a target to the width of its modes.
+    """
+
+    final_noise_level: float = 1.0
+
+    def __post_init__(self) -> None:
+        PinnedBase.__post_init__(self)
+        if not self.final_noise_level > 0:
+            raise ParameterError(
+                f"final_noise_level {self.final_noise_level!r} must be positive"
+            )
+
+    def sigma(self, t: float) -> float:
+        ratio = self.final_noise_level / self.noise_level
+        return float(self.noise_level * ratio ** (t / self.horizon))
+
+    def _variation(self, s: float, t: float) -> float:
+        """Return the integral of sigma^2 over [s, t]."""
+        rate = 2.0 * np.log(self.final_noise_level / self.noise_level) / self.horizon
+        return self.sigma(s) ** 2 * (t - s) * float(exprel(rate * (t - s)))
+
+    def marginal(self, t: float) -> Array:
+        variance = np.full((1, self.dim), self._variation(0.0, t))
+        return gaussian_rows(np.zeros(1), self.point[None], variance)
+
+    def forward(self, s: float, t: float) -> tuple[float, Array, float]:
+        return 1.0, np.zeros(self.dim), self._variation(s, t)
+
+    def backward(self, s: float, t: float) -> tuple[float, Array, float]:
+        ratio = self._variation(0.0, s) / self._variation(0.0, t)
+        return ratio, (1.0 - ratio) * self.point, ratio * self._variation(s, t)

@@ -113,3 +113,27 @@ def relative_entropy(
     gap = scipy.linalg.solve_triangular(other, mean - other_mean, lower=True)
     square = np.sum(ratio**2) + gap @ gap - len(mean)
     return float(0.5 * square - np.sum(np.log(np.diag(ratio))))
+
+
+def expected_score(
+    mean: Array,
+    factor: Array,
+    derivatives: tuple[Array, Array],
+    other_mean: Array,
+    other_covariance: Array,
+) -> Array:
+    """Return E d log p(X)/dtheta, (P,), of p = N(m, L L^T) with X of another law.
+
+    Parameters
+    ----------
+    mean, factor : (d,) m and (d, d) L.
+    derivatives : (P, d) of m and (P, d, d) of L.
+    other_mean, other_covariance : (d,) and (d, d) of X.
+    """
+    # With z = L^-1 (x - m) the score is z . L^-1 (dm + dL z) - tr(L^-1 dL).
+    inverse = np.linalg.inv(factor)
+    shift = inverse @ (other_mean - mean)
+    second = inverse @ other_covariance @ inverse.T + np.outer(shift, shift)
+    moved, turned = derivatives[0] @ inverse.T, inverse @ derivatives[1]
+    result: Array = moved @ shift + np.einsum("pij,ij->p", turned, second)
+    return result - np.trace(turned, axis1=1, axis2=2)

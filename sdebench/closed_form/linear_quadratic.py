@@ -25,7 +25,7 @@ cannot be tilted with, and ``ParameterError`` says when that happens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -485,6 +485,49 @@ class LinearQuadratic:
             return evaluation.contract(evaluation.lean_adjoint(), derivative)
 
         return PolicyGradient(*self._refine(gain, bias, breaks, answer))
+
+    def cross_entropy_gradient(
+        self,
+        gain: MatrixFunction,
+        bias: MatrixFunction,
+        gain_derivative: MatrixFunction,
+        bias_derivative: MatrixFunction,
+        *,
+        breaks: Sequence[float] = (),
+    ) -> PolicyGradient:
+        """Return the gradient of KL(P* || law of the feedback), and its bound.
+
+        E* int (du)^T (u - u*) dt, where P* is the base law times exp(r - int f) / Z:
+        paths under u* from the tilted start.  The law of X_0 under the feedback is
+        kept.  The arguments are those of ``policy_objective``.
+        """
+        self.log_normalizer()  # says so where it is infinite
+        mean, covariance = self.tilted_start()
+        tilted = replace(self, start_mean=mean, start_covariance=covariance)
+
+        def best_gain(t: float) -> Array:
+            return -self.diffusion.T @ self.riccati(t).quadratic
+
+        def best_bias(t: float) -> Array:
+            return -self.diffusion.T @ self.riccati(t).linear
+
+        def answer(evaluation: FeedbackEvaluation) -> tuple[Array, Array]:
+            derivative = self._derivative(evaluation, gain_derivative, bias_derivative)
+            own = evaluation.at_nodes(lambda t: np.column_stack((gain(t), bias(t))))
+            gap, size = (
+                own - evaluation.control,
+                np.abs(own) + np.abs(evaluation.control),
+            )
+            value, scale = (
+                np.einsum("ns,nspua,nsub,nsba->p", evaluation.weights, *parts)
+                for parts in (
+                    (derivative, gap, evaluation.moments),
+                    (np.abs(derivative), size, np.abs(evaluation.moments)),
+                )
+            )
+            return value, scale
+
+        return PolicyGradient(*tilted._refine(best_gain, best_bias, breaks, answer))
 
     def start_gradient(
         self,

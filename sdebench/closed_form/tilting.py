@@ -395,6 +395,54 @@ class TiltingFamily:
             previous = values
         return (*current, gap)
 
+    # ---- cross-entropy ---------------------------------------------------------
+    def _tilted_start(self) -> StartLaw | None:
+        """Return the law p_0 h / Z of X_0 under the tilted paths; None: not closed."""
+        if self.start.is_point:
+            return self.start
+        rows = self.tilt_rows(self.theta_star, self.base.start_time)[1]
+        if self.base.gaussian:
+            start = self.start
+            densities = lq.gaussian_rows(
+                np.log(start.weights), start.means, start.scales**2
+            )
+            rows = (densities[:, None] + rows).reshape(-1, rows.shape[-1])
+        elif not self.start_is_marginal:
+            return None
+        masses, means, variances = lq.gaussian_parameters(rows)
+        return StartLaw(np.exp(masses - logsumexp(masses)), means, np.sqrt(variances))
+
+    def cross_entropy_gradient(self, theta: Array) -> tuple[Array, float]:
+        """Return the gradient (P,) of KL(P* || P_theta) and an error bound.
+
+        The densities to the base are e^r / Z and e^{r_theta} / h_theta(X_0), and under
+        P* the law of X_T given X_0 is that of theta*, so that the gradient is
+
+            E*[ E^theta[phi(X_T) | X_0] - E^{theta*}[phi(X_T) | X_0] ],
+
+        X_0 with the tilted density p_0 h / Z: by quadrature where it is not Gaussian.
+        """
+        theta, law = np.asarray(theta, float), self._tilted_start()
+        start, log_z = self.base.start_time, self.log_normalizer()[0]
+
+        def integrand(x: Array) -> Array:
+            own, best = (
+                lq.feature_covariance(self.features, *self._posterior(x, parameters))[0]
+                for parameters in (theta, self.theta_star)
+            )
+            if law is not None:
+                return own - best
+            ratio = np.exp(self.log_h(x, start, self.theta_star) - log_z)
+            return ratio[:, None] * (own - best)
+
+        if self.affine:  # polynomials of degree two in x
+            assert law is not None
+            x, w = law.cubature()
+            value, error = w @ integrand(x), 0.0
+        else:
+            value, error = self._expect(integrand, law)
+        return value, error + 1e-14 * float(np.max(np.abs(value)))
+
     # ---- lean adjoint ------------------------------------------------------------
     def matching_gradient(self, theta: Array) -> tuple[Array, float]:
         """Return the gradient of the adjoint-matching loss 1/2 E int |u + sigma a|^2.

@@ -29,6 +29,15 @@ def problem_looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
+def target_colors() -> dict[str, Any]:
+    """Return the color of each regression target of the score."""
+    import seaborn as sns
+
+    palette = sns.color_palette("colorblind")
+    names = ("conditional", "target", "novel", "adjoint", "affine")
+    return {name: palette[i] for name, i in zip(names, (3, 1, 0, 2, 4), strict=True)}
+
+
 def plain_ticks(axes: Axes) -> None:
     """Write the vertical decades as numbers: 0.1, 1, 10."""
     axes.yaxis.set_major_formatter(lambda x, _: f"{x:g}")

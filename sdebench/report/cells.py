@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from sdebench.measure.order import OrderFit
 
 Cell = dict[str, Any]
-_ESTIMANDS = ("gradient", "matching_gradient", "log_normalizer")
+_ESTIMANDS = (
+    "gradient",
+    "matching_gradient",
+    "cross_entropy_gradient",
+    "log_normalizer",
+)
 
 
 def choose(frame: pd.DataFrame, point: str | None, steps: int | None) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ LABELS = {
 """The column that a filter of rows reads."""
 
 
-def headline(frame: pd.DataFrame, point: str = "halfway") -> pd.DataFrame:
-    """Return the cells with every setting at its default, at one evaluation point.
+def headline(
+    frame: pd.DataFrame, points: Collection[str] = ("halfway",)
+) -> pd.DataFrame:
+    """Return the cells with every setting at its default, at some evaluation points.
 
-    One row per problem and estimator: default parameters, options and steps, numba,
-    float64, Euler-Maruyama.  Empty if none was measured.
+    One row per problem, estimator and point: default parameters, options and steps,
+    numba, float64, Euler-Maruyama.  Empty if none was measured.
     """
     if not len(frame):
         return frame
@@ -39,7 +42,7 @@ def headline(frame: pd.DataFrame, point: str = "halfway") -> pd.DataFrame:
         (frame["problem_label"] == frame["problem"])
         & (frame["estimator_label"] == frame["estimator"])
         & (frame["n_steps"] == frame["default_steps"])
-        & (frame["point"] == point)
+        & frame["point"].isin(list(points))
         & (frame["backend"] == "numba")
         & (frame["dtype"] == "float64")
         & (frame["scheme"] == "euler_maruyama")

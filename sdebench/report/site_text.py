@@ -170,6 +170,7 @@ def answers(problem: Problem) -> Answers:
             row("J(θ)", "objective", theta),
             row("∇J(θ)", "gradient", theta),
             row("∇ of the adjoint-matching loss", "matching_gradient", theta),
+            row("∇ of the cross-entropy", "cross_entropy_gradient", theta),
         ]
         groups.append((f"{point}, θ = ({shown})", rows))
     return Answers(groups, reasons)

@@ -64,6 +64,7 @@ _ESTIMAND_TEXT = {
     "gradient": "",
     "reward_only_gradient": "reward-only gradient",
     "matching_gradient": "matching gradient",
+    "cross_entropy_gradient": "cross-entropy gradient",
     "log_normalizer": "log Z",
 }
 

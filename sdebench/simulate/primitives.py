@@ -1,8 +1,8 @@
 """What an estimator's kernel may ask of a process, whatever its family.
 
 The functions below have no body: inside a numba kernel the type of ``prepared`` selects
-the implementation of `linear`, `mixture` or `sine` at compile time, so that each
-estimator is written once.  ``prepared`` comes from `prepare`, ``work`` from
+the implementation of `linear`, `mixture`, `sine` or `separable` at compile time, so
+that each estimator is written once.  ``prepared`` comes from `prepare`, ``work`` from
 `workspace`.
 
 A block is B paths, a multiple of 16; every buffer is (rows, B + PADDING), C-contiguous,
@@ -18,16 +18,22 @@ from typing import Any
 from numba.extending import overload
 from numpy.typing import DTypeLike
 
-from sdebench.simulate import fixed_start, linear, mixture, sine
+from sdebench.simulate import fixed_start, linear, mixture, separable, sine
 from sdebench.simulate.jit import OPTIONS
 from sdebench.simulate.linear import LinearWork, PreparedLinear
 from sdebench.simulate.mixture import MixtureWork, PreparedMixture
+from sdebench.simulate.separable import PreparedSeparable, SeparableWork
 from sdebench.simulate.sine import PreparedSine, SineWork
-from sdebench.simulate.tables import LinearTables, MixtureTables, Tables
+from sdebench.simulate.tables import (
+    LinearTables,
+    MixtureTables,
+    SineTables,
+    Tables,
+)
 from sdebench.simulate.tile import INTERNAL
 
-Prepared = PreparedLinear | PreparedMixture | PreparedSine
-Work = LinearWork | MixtureWork | SineWork
+Prepared = PreparedLinear | PreparedMixture | PreparedSine | PreparedSeparable
+Work = LinearWork | MixtureWork | SineWork | SeparableWork
 ONCE_PER_BLOCK = (
     "start",
     "start_cost_gradient",
@@ -44,7 +50,7 @@ def prepare(tables: Tables, dtype: DTypeLike) -> Prepared:
 
     Parameters
     ----------
-    tables : LinearTables, MixtureTables or SineTables
+    tables : LinearTables, MixtureTables, SineTables or SeparableTables
     dtype : float64 or float32
         Precision of the whole simulation.
     """
@@ -52,7 +58,9 @@ def prepare(tables: Tables, dtype: DTypeLike) -> Prepared:
         return linear.prepare_linear(tables, dtype)
     if isinstance(tables, MixtureTables):
         return mixture.prepare_mixture(tables, dtype)
-    return sine.prepare_sine(tables, dtype)
+    if isinstance(tables, SineTables):
+        return sine.prepare_sine(tables, dtype)
+    return separable.prepare_separable(tables, dtype)
 
 
 def workspace(prepared: Prepared, block: int) -> Work:
@@ -61,7 +69,9 @@ def workspace(prepared: Prepared, block: int) -> Work:
         return linear.work_linear(prepared, block)
     if isinstance(prepared, PreparedMixture):
         return mixture.work_mixture(prepared, block)
-    return sine.work_sine(prepared, block)
+    if isinstance(prepared, PreparedSine):
+        return sine.work_sine(prepared, block)
+    return separable.work_separable(prepared, block)
 
 
 def implementation(family: Any, name: str) -> Any:
@@ -79,6 +89,7 @@ def primitive(stub: Callable[..., Any]) -> Callable[..., Any]:
         PreparedLinear: implementation(linear, stub.__name__),
         PreparedMixture: implementation(mixture, stub.__name__),
         PreparedSine: implementation(sine, stub.__name__),
+        PreparedSeparable: implementation(separable, stub.__name__),
     }
 
     options: Any = {**OPTIONS, **INTERNAL}

@@ -31,6 +31,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+TINY = 1e-30
+"""Added to |x|^2 where its powers are singular at the origin."""
+
 
 class LinearTables(NamedTuple):
     """Linear base, linear feedback, quadratic costs (class L).
@@ -139,7 +142,54 @@ class SineTables(NamedTuple):
     denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
 
 
-Tables = LinearTables | MixtureTables | SineTables
+class SeparableTables(NamedTuple):
+    """Polynomials of every coordinate, and functions of |x|^2 (classes N and M).
+
+    With y_i = min(max(x_i, -reach), reach) and s = |x|^2,
+
+    base mean_i(x) = sum_j M_nij y_i^j + m_ni (x_i - y_i);
+    w_ni(x) = sum_j K_nij y_i^j;   G_n = diag(g_n);
+    running cost of step n: sum_ij F_nij y_i^j + the wave's;
+    reward r(x) = sum_ij q_ij y_i^j + sum_i log(sum_j p_ij y_i^j)
+                  - c log(1 + s) + a sin(s^b);
+    X_0 = m_0 + L_0 z.
+
+    Beyond the reach the force of a polynomial potential is constant: with a cubic
+    force the moments of the Euler-Maruyama chain would tend to infinity (Hutzenthaler,
+    Jentzen and Kloeden 2011).
+
+    The wave is what a value function sin((tau + s)^b) needs of the Hamilton-Jacobi-
+    Bellman equation: with q = tau_n + s and psi(q) = sin(q^b), a step costs
+    c_n1 psi' + s (c_n2 psi'' + c_n3 psi'^2); a row of ``wave`` is (tau, c1, c2, c3).
+
+    The control is linear in theta: dw_ni/dtheta_p (x) = sum_j E_pnij y_i^j.
+    """
+
+    reach: Array  # (1,)
+    base: Array  # (N, d, J)  M_n
+    beyond: Array  # (N, d)     m_n
+    noise: Array  # (N, d)     g_n
+    gain: Array  # (N, d, J)  K_n
+    gain_derivative: Array  # (P, N, d, J) E_{p,n}
+    running: Array  # (N, d, J) F_n, the step length inside; (N, 0, 0) for none
+    reward: Array  # (d, J)     q; (0, 0) for none
+    reward_factor: Array  # (d, J)     p, each polynomial positive; (0, 0) for none
+    reward_log: Array  # (1,)   c
+    reward_wave: Array  # (1,)   a
+    wave_power: Array  # (1,)   b
+    wave: Array  # (N, 4), or (0, 4) for none
+    start_mean: Array  # (d,)   m_0
+    start_factor: Array  # (d, d) L_0; zero for a fixed start
+    noisy: Array = np.zeros(0)  # (N,) or empty
+    denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
+
+    @property
+    def offset(self) -> Array:
+        """The constants of the base mean, (N, d)."""
+        return np.ascontiguousarray(self.base[:, :, 0])
+
+
+Tables = LinearTables | MixtureTables | SineTables | SeparableTables
 
 
 def noise_mask(tables: Tables) -> Array:

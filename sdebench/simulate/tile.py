@@ -203,6 +203,20 @@ def larger(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @instruction
+def inside(typingctx: Any, x: Any, reach: Any, a: Any, b: Any) -> Any:
+    """Return vector ``a`` where |x| < reach, a scalar, and ``b`` elsewhere."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        v, limit, one, other = values
+        high = splat(builder, limit, x)
+        above = builder.fcmp_ordered(">", v, builder.fneg(high))
+        below = builder.fcmp_ordered("<", v, high)
+        return builder.select(builder.and_(above, below), one, other)
+
+    return x(x, x.dtype, x, x), build
+
+
+@instruction
 def times_power_of_two(typingctx: Any, y: Any, t: Any) -> Any:
     """Return ``y * 2**n``, where the low bits of the float ``t`` hold the integer n."""
     mantissa = 52 if y.dtype == types.float64 else 23

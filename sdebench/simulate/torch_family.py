@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from sdebench.simulate.tables import (
+    TINY,
     LinearTables,
     MixtureTables,
+    SeparableTables,
     SineTables,
     StartLaw,
     Tables,
@@ -346,6 +348,129 @@ class TorchSine:
         return self._pull(x, self._t.reward_linear) - x @ self._t.reward_quadratic
 
 
+class TorchSeparable:
+    """`SeparableTables` in torch."""
+
+    def __init__(
+        self, tables: SeparableTables, dtype: torch.dtype, device: str
+    ) -> None:
+        self._t: Any = SeparableTables._make(
+            torch.tensor(a, dtype=dtype, device=device) for a in tables
+        )
+        self._reach = float(tables.reach[0])
+        self._power = float(tables.wave_power[0])
+        self._has_wave = len(tables.wave) > 0
+        self.n_steps, self.dim = tables.beyond.shape
+        self.n_params = len(tables.gain_derivative)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        return x.clamp(-self._reach, self._reach)
+
+    def _slope(self, coefficients: Tensor, x: Tensor) -> Tensor:
+        """Return the polynomials' derivatives in x, zero beyond the reach."""
+        count = coefficients.shape[-1]
+        weights = torch.arange(1, count, dtype=x.dtype, device=x.device)
+        slope = _horner(coefficients[..., 1:] * weights, self._kept(x))
+        return slope * (x.abs() < self._reach)
+
+    def _wave(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the first three derivatives of sin(q^b)."""
+        b, p = self._power, q**self._power
+        first, sine, cosine = b * p / q, torch.sin(p), torch.cos(p)
+        second = (b - 1.0) * first / q
+        third = (b - 2.0) * second / q
+        return (
+            first * cosine,
+            second * cosine - first**2 * sine,
+            (third - first**3) * cosine - 3.0 * first * second * sine,
+        )
+
+    def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
+        return self._t.start_mean + normals @ self._t.start_factor.T
+
+    def control(self, n: int, x: Tensor) -> Tensor:
+        return _horner(self._t.gain[n], self._kept(x))
+
+    def base_mean(self, n: int, x: Tensor) -> Tensor:
+        y = self._kept(x)
+        return _horner(self._t.base[n], y) + self._t.beyond[n] * (x - y)
+
+    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+        return self._t.noise[n] * v
+
+    noise_transpose = apply_noise
+
+    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        far = self._t.beyond[n] * (x.abs() >= self._reach)
+        return (self._slope(self._t.base[n], x) + far) * v
+
+    def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        return self._slope(self._t.gain[n], x) * v
+
+    def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        maps = _horner(self._t.gain_derivative[:, n, None], self._kept(x))
+        return (maps * v).sum(2).T
+
+    def running_cost(self, n: int, x: Tensor) -> Tensor:
+        t, cost = self._t, x.new_zeros(len(x))
+        if t.running.shape[1]:
+            cost = cost + _horner(t.running[n], self._kept(x)).sum(1)
+        if self._has_wave:
+            s = (x * x).sum(1)
+            first, second, _ = self._wave(t.wave[n, 0] + s + TINY)
+            c = t.wave[n]
+            cost = cost + c[1] * first + s * (c[2] * second + c[3] * first**2)
+        return cost
+
+    def running_cost_gradient(self, n: int, x: Tensor) -> Tensor:
+        t, slope = self._t, torch.zeros_like(x)
+        if t.running.shape[1]:
+            slope = slope + self._slope(t.running[n], x)
+        if self._has_wave:
+            s = (x * x).sum(1)
+            first, second, third = self._wave(t.wave[n, 0] + s + TINY)
+            c = t.wave[n]
+            pull = (c[1] + c[2]) * second + c[3] * first**2
+            pull = pull + s * (c[2] * third + 2.0 * c[3] * first * second)
+            slope = slope + 2.0 * pull[:, None] * x
+        return slope
+
+    def reward(self, x: Tensor) -> Tensor:
+        t, value = self._t, x.new_zeros(len(x))
+        if len(t.reward):
+            value = value + _horner(t.reward, self._kept(x)).sum(1)
+        if len(t.reward_factor):
+            value = value + torch.log(_horner(t.reward_factor, self._kept(x))).sum(1)
+        s = (x * x).sum(1)
+        value = value - t.reward_log[0] * torch.log(1.0 + s)
+        if t.reward_wave[0] != 0.0:
+            value = value + t.reward_wave[0] * torch.sin((s + TINY) ** self._power)
+        return value
+
+    def reward_gradient(self, x: Tensor) -> Tensor:
+        t, slope = self._t, torch.zeros_like(x)
+        if len(t.reward):
+            slope = slope + self._slope(t.reward, x)
+        if len(t.reward_factor):
+            factor = _horner(t.reward_factor, self._kept(x))
+            slope = slope + self._slope(t.reward_factor, x) / factor
+        s = (x * x).sum(1)
+        pull = -t.reward_log[0] / (1.0 + s)
+        if t.reward_wave[0] != 0.0:
+            pull = pull + t.reward_wave[0] * self._wave(s + TINY)[0]
+        return slope + 2.0 * pull[:, None] * x
+
+
+def _horner(coefficients: Tensor, y: Tensor) -> Tensor:
+    """Return sum_j coefficients[..., j] y^j."""
+    if coefficients.shape[-1] == 0:
+        return torch.zeros_like(y)
+    value = coefficients[..., -1]
+    for j in reversed(range(coefficients.shape[-1] - 1)):
+        value = value * y + coefficients[..., j]
+    return value + torch.zeros_like(y)
+
+
 def torch_family(tables: Tables, dtype: str, device: str) -> TorchFamily:
     """Return the torch functions of a table, in "float64" or "float32"."""
     torch_dtype = getattr(torch, dtype)
@@ -353,4 +478,6 @@ def torch_family(tables: Tables, dtype: str, device: str) -> TorchFamily:
         return TorchLinear(tables, torch_dtype, device)
     if isinstance(tables, MixtureTables):
         return TorchMixture(tables, torch_dtype, device)
-    return TorchSine(tables, torch_dtype, device)
+    if isinstance(tables, SineTables):
+        return TorchSine(tables, torch_dtype, device)
+    return TorchSeparable(tables, torch_dtype, device)

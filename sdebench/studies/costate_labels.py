@@ -92,7 +92,8 @@ def labels_at_start(view: View, increments: str) -> float:
     y = -view.reward_gradient(x)
     for n in reversed(range(n_steps)):
         phi = exact_costate((n + 1 - earlier) / n_steps)
-        x, y = estimator._step_back(view, n, x, y, phi)
+        score = estimator.fit_score(view.rollout().states[n + 1])
+        x, y = estimator.step_back(view, n, x, y, phi, score)
     return float((y - exact_costate(0.0)(x)).square().mean())
 
 

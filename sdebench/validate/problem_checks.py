@@ -244,7 +244,7 @@ def check_gradient(
 
 
 def check_stationary(problem: Problem, tolerance: float = 1e-10) -> Comparison:
-    """Both gradients vanish at theta*, and J(theta*) = J(u*).
+    """All gradients vanish at theta*, and J(theta*) = J(u*).
 
     Where the family does not hold u*: the gradient alone, and J(theta*) > J(u*).
     """
@@ -254,6 +254,9 @@ def check_stationary(problem: Problem, tolerance: float = 1e-10) -> Comparison:
     errors = [np.max(np.abs(truth.gradient("optimum")))]
     if problem.family_holds_optimum:
         errors += [np.max(np.abs(truth.matching_gradient("optimum"))), abs(excess)]
+        cross = truth.answer("cross_entropy_gradient", "optimum")
+        if cross is not None:
+            errors.append(np.max(np.abs(cross)))
     else:
         errors.append(max(-excess, 0.0))
         tolerance += truth.error_bound("gradient", "optimum")

@@ -14,6 +14,7 @@ from sdebench.problem import Problem
 from sdebench.simulate.tables import (
     LinearTables,
     MixtureTables,
+    SeparableTables,
     SineTables,
     Tables,
 )
@@ -44,6 +45,13 @@ def table_step(tables: Tables, n: int, x: Array) -> tuple[Array, Array, Array]:
             tables.noise[n],
             y @ tables.gain[n].T + tables.bias[n],
         )
+    if isinstance(tables, SeparableTables):
+        y = _clipped(tables, x)
+        return (
+            _polynomials(tables.base[n], y) + tables.beyond[n] * (x - y),
+            np.diag(tables.noise[n]),
+            _polynomials(tables.gain[n], y),
+        )
     base = _score(tables.base[n], x)
     mean = tables.scale[n] * x + tables.offset[n] + tables.base_gain[n] * base
     w = tables.control_gain[n] * (_score(tables.tilted[n], x) - base)
@@ -55,12 +63,40 @@ def _extended(tables: SineTables, x: Array) -> Array:
     return np.hstack([x, np.sin(x @ tables.direction.T + tables.phase)])
 
 
+def _clipped(tables: SeparableTables, x: Array) -> Array:
+    """Return y (m, d) of the states x."""
+    return np.clip(x, -tables.reach[0], tables.reach[0])
+
+
+def _polynomials(coefficients: Array, y: Array) -> Array:
+    """Return sum_j coefficients_ij y_i^j, (m, d)."""
+    powers = y[:, :, None] ** np.arange(coefficients.shape[-1])
+    return np.einsum("...ij,...ij->...i", powers, coefficients)
+
+
+def _wave(tables: SeparableTables, n: int, s: Array) -> Array:
+    """Return what the wave of step n costs at |x|^2 = s, (m,)."""
+    (b,), (delay, *c) = tables.wave_power, tables.wave[n]
+    q = s + delay
+    p, first = q**b, b * q ** (b - 1.0)
+    slope = first * np.cos(p)
+    bend = (b - 1.0) * first / q * np.cos(p) - first**2 * np.sin(p)
+    return c[0] * slope + s * (c[1] * bend + c[2] * slope**2)
+
+
 def table_running_cost(tables: Tables, n: int, x: Array) -> Array:
     """Return the running cost of step n (m,), its length included."""
     if isinstance(tables, MixtureTables):
         return np.zeros(len(x))
     if isinstance(tables, LinearTables):
         return 0.5 * np.einsum("ni,ij,nj->n", x, tables.running[n], x)
+    if isinstance(tables, SeparableTables):
+        cost = np.zeros(len(x))
+        if tables.running.shape[1]:
+            cost += _polynomials(tables.running[n], _clipped(tables, x)).sum(axis=1)
+        if len(tables.wave):
+            cost += _wave(tables, n, np.sum(x**2, axis=1))
+        return cost
     linear = _extended(tables, x) @ tables.running_linear[n]
     quadratic = np.einsum("ni,ij,nj->n", x, tables.running_quadratic[n], x)
     return 0.5 * quadratic + linear + tables.running_constant[n]
@@ -70,11 +106,24 @@ def table_reward(tables: Tables, x: Array) -> Array:
     """Return r (m,)."""
     if isinstance(tables, MixtureTables):
         return lq.log_value(tables.reward, x)
+    if isinstance(tables, SeparableTables):
+        return _separable_reward(tables, x)
     y = x if isinstance(tables, LinearTables) else _extended(tables, x)
     quadratic = np.einsum("ni,ij,nj->n", x, tables.reward_quadratic, x)
     value = y @ tables.reward_linear - 0.5 * quadratic + tables.reward_constant
     if isinstance(tables, LinearTables) and len(tables.reward_quartic):
         value = value - 0.25 * x**4 @ tables.reward_quartic
+    return value
+
+
+def _separable_reward(tables: SeparableTables, x: Array) -> Array:
+    y, s = _clipped(tables, x), np.sum(x**2, axis=1)
+    value = tables.reward_wave * np.sin(s**tables.wave_power)
+    value = value - tables.reward_log * np.log1p(s)
+    if len(tables.reward):
+        value = value + _polynomials(tables.reward, y).sum(axis=1)
+    if len(tables.reward_factor):
+        value = value + np.log(_polynomials(tables.reward_factor, y)).sum(axis=1)
     return value
 
 
@@ -165,6 +214,8 @@ def _control_derivative(tables: Tables, n: int, p: int, x: Array) -> Array:
     if isinstance(tables, SineTables):
         gain = tables.gain_derivative[p, n]
         return _extended(tables, x) @ gain.T + tables.bias_derivative[p, n]
+    if isinstance(tables, SeparableTables):
+        return _polynomials(tables.gain_derivative[p, n], _clipped(tables, x))
     d = x.shape[1]
     change = tables.tilted_derivative[p, n]
     gamma, slopes = _softmax(tables.tilted[n], x)

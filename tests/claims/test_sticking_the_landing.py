@@ -78,7 +78,7 @@ def test_the_figure_and_the_table(evidence):
 
 def test_variance_at_the_optimum_of_two_steps_by_quadrature():
     """All noise by Gauss-Hermite: zero mean, and the variance of the closed form."""
-    chain = module._ChainOptimum(base=DDPMChain(n_steps=2), n_steps=2)
+    chain = module.ChainOptimum(base=DDPMChain(n_steps=2), n_steps=2)
     policy = chain.truth.policy_chain("optimum", 2)
     K, P = policy.gain[:, 0, 0], policy.chain.value_coefficients()[0][:, 0, 0]
     a, s, start = 0.9, 0.7, 1.2
@@ -102,7 +102,7 @@ def test_variance_at_the_optimum_of_two_steps_by_quadrature():
 
 def test_the_control_is_that_of_the_chain():
     base, n_steps = OUQuadraticEasy(dim=2), 12
-    chain = module._ChainOptimum(base=base, n_steps=n_steps)
+    chain = module.ChainOptimum(base=base, n_steps=n_steps)
     policy = chain.truth.policy_chain("optimum", n_steps)
     gain, bias = policy.chain.optimal_feedback()
     np.testing.assert_allclose(policy.gain, gain, atol=1e-14)

@@ -9,6 +9,7 @@ from scipy.integrate import solve_ivp
 from sdebench.closed_form import log_quadratics as lq
 from sdebench.closed_form.base_process import (
     ConstantNoiseBase,
+    GeometricPinnedBase,
     MemorylessBase,
     PinnedBase,
 )
@@ -45,6 +46,7 @@ GAUSSIAN_BASES = {
         for i, (s, t0) in enumerate(SCHEDULES)
     },
     "pinned": PinnedBase(np.array([0.3, -1.0]), 0.8, 1.5),
+    "geometric": GeometricPinnedBase(np.array([0.3, -1.0]), 2.0, 1.5, 0.3),
 }
 MIXTURE_BASES = {
     f"mixture {type(s).__name__}": MemorylessBase(s, *MIXTURE, start_time=t0)
@@ -315,12 +317,40 @@ def test_last_exponential_step_with_vanishing_noise(start):
         ),
         (lambda: PinnedBase(np.zeros(1), 0.0), "noise_level"),
         (lambda: PinnedBase(np.zeros(1), 1.0, -1.0), "horizon"),
+        (lambda: GeometricPinnedBase(np.zeros(1), -1.0, 1.0, 1.0), "noise_level"),
+        (lambda: GeometricPinnedBase(np.zeros(1), 1.0, 1.0, 0.0), "final_noise_level"),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ParameterError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_equal_noise_levels_are_the_constant_base():
+    plain, geometric = (
+        PinnedBase(np.array([0.4]), 0.7, 2.0),
+        GeometricPinnedBase(np.array([0.4]), 0.7, 2.0, 0.7),
+    )
+    for s, t in ((0.0, 1.1), (0.3, 2.0)):
+        for kernel in ("forward", "backward"):
+            one, two = getattr(plain, kernel)(s, t), getattr(geometric, kernel)(s, t)
+            for a, b in zip(one, two, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-14)
+
+
+def test_geometric_noise_is_the_integral_of_its_square():
+    """Second route: quadrature; equal steps lose equal shares of what is left."""
+    base = GeometricPinnedBase(np.zeros(1), 80.0, 2.0, 1.0)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    for s, t in ((0.0, 2.0), (0.4, 1.7)):
+        r = s + 0.5 * (t - s) * (nodes + 1.0)
+        levels = np.array([base.sigma(v) for v in r])
+        integral = 0.5 * (t - s) * (weights @ levels**2)
+        assert base.forward(s, t)[2] == pytest.approx(integral, rel=1e-12)
+    assert base.sigma(2.0) == pytest.approx(1.0, rel=1e-14)
+    shares = [base.forward(t, t + 0.1)[2] / base.sigma(t) ** 2 for t in (0, 0.7, 1.5)]
+    assert np.ptp(shares) < 1e-14
 
 
 def test_constant_noise_may_start_where_alpha_is_zero():

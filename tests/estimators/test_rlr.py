@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from _chain import ScalarChain, grid, group_mean, random_noise, rows
+from scipy.stats import t
 
 from sdebench import registry
+from sdebench.composite import some_paths
 from sdebench.errors import NotApplicableError, ParameterError, UnknownNameError
 from sdebench.estimator import Sizes
+from sdebench.estimators.rlr import RLR
 from sdebench.measure import measure
 from sdebench.measure.workers import GRID_SHIFT, Settings, make_worker
 
@@ -170,6 +175,50 @@ def test_the_place_of_the_block_is_uniform():
     assert np.sum((counts - 150) ** 2 / 150) < chi2.isf(1e-4, 3)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnHalf(RLR):
+    """A wrong one: each half uses the place that varied least on that half itself."""
+
+    def _chosen_by_the_other_half(self, runner, starts):
+        parts = [self._parts(runner, start) for start in starts]
+        chosen = np.empty((runner.n_params, runner.n_paths))
+        for own in np.array_split(np.arange(runner.n_paths), 2):
+            rows = [self._gradients(f[:, own], w[:, own]) for f, w in parts]
+            best = np.argmin([row.var(axis=1).sum() for row in rows])
+            chosen[:, own] = self._gradients(*parts[best])[:, own]
+        return chosen
+
+
+@pytest.mark.parametrize("baseline", ["none", "leave_one_out"])
+def test_an_adaptive_place_keeps_the_mean(baseline):
+    """Groups of four paths; t-test, false-alarm rate 1e-4 for each of two."""
+    exact = CHAIN.policy(THETA).gradient(reward_only=True)[0]
+    count = 5000
+    noise = random_noise(CHAIN, 4 * count, seed=11)
+
+    def score(kind):
+        estimator = kind(placement="adaptive", baseline=baseline)
+        parts = (some_paths(noise, 4 * i, 4) for i in range(count))
+        values = np.array([rows(CHAIN, estimator, THETA, p)[0].mean() for p in parts])
+        return (values.mean() - exact) / (values.std(ddof=1) / np.sqrt(count))
+
+    limit = t.isf(0.5e-4, count - 1)
+    assert abs(score(RLR)) < limit < abs(score(OwnHalf))
+
+
+def test_an_adaptive_place_is_the_best_of_the_other_half():
+    """Both halves get the rows of the fixed place that varied least on the other."""
+    noise = random_noise(CHAIN, 200, seed=12)
+    options = {"block": 2, "baseline": "none"}
+    found = rows(CHAIN, rlr(placement="adaptive", **options), THETA, noise)[0]
+    fixed = np.array(
+        [rows(CHAIN, rlr(start=n, **options), THETA, noise)[0] for n in range(2)]
+    )
+    spread = fixed.reshape(2, 2, 100).var(axis=2)
+    best = spread.argmin(axis=0)[::-1]
+    np.testing.assert_array_equal(found, fixed.reshape(2, 2, 100)[best, [0, 1]].ravel())
+
+
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("spec", ["ou_linear:dim=3", "gaussian_tilt:dim=2"])
 def test_one_step_blocks_undo_the_noise_matrix(spec, backend):
@@ -213,6 +262,9 @@ def test_noise_that_is_not_the_identity(problem):
         ({"baseline": "optimal"}, UnknownNameError),
         ({"block": -1}, ParameterError),
         ({"start": -2}, ParameterError),
+        ({"placement": "best"}, UnknownNameError),
+        ({"placement": "adaptive", "start": 0}, ParameterError),
+        ({"placement": "adaptive", "terms": "half_order"}, ParameterError),
         ({"terms": "half_order", "block": 0}, ParameterError),
     ],
 )
@@ -230,6 +282,8 @@ def test_a_block_longer_than_the_chain_is_refused():
     with pytest.raises(NotApplicableError, match="does not fit"):
         measure("brownian_linear", "rlr:block=4", n_steps=4, n_paths=8)
     assert "2 paths" in registry.estimator("rlr").not_applicable(1)
+    adaptive = registry.estimator("rlr", placement="adaptive")
+    assert "4 paths" in adaptive.not_applicable(3)
 
 
 @pytest.mark.parametrize(

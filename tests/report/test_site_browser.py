@@ -269,7 +269,9 @@ def test_the_theme_follows_the_system_until_it_is_chosen(index):
     button.click()
     assert paper() == "rgb(255, 255, 255)"
     index.refresh()
-    assert paper() == "rgb(255, 255, 255)"  # remembered
+    WebDriverWait(index, 5).until(
+        lambda _: paper() == "rgb(255, 255, 255)"
+    )  # remembered
     label = index.find_element(By.CSS_SELECTOR, "figure svg text")
     script = "return getComputedStyle(arguments[0]).fill"
     light = index.execute_script(script, label)
