@@ -41,7 +41,7 @@ def exact_answers(
     if not estimator.discretization_free:
         discrete = truth.answer(estimand, theta, times, scheme)
     target = discrete
-    if estimator.has_target:
+    if estimator.has_target and not estimator.discretization_free:
         try:
             noisy = estimator.noisy_steps(len(times) - 1)
             target = estimator.target(truth.policy_chain(theta, times, scheme, noisy))
