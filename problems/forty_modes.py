@@ -10,7 +10,7 @@ Target    nu = mass (1/40) sum_k N(m_k, variance I), the m_k uniform in the box
 with p*_t the bridges of the base mixed over the target.  The control family is the
 Foellmer drift to nu exp((theta - theta*)^T phi), with
 
-    phi = (x_1 / half_width, x_2 / half_width, -|x|^2 / (d half_width^2)):
+    phi = 4 (x_1 / half_width, x_2 / half_width, -|x|^2 / (d half_width^2)):
 
 under u_theta the modes have the weights that are proportional to
 exp((theta - theta*)^T phi(m_k)), up to their width.  theta = 0 samples the modes of one
@@ -93,8 +93,8 @@ r(x) &= \log \frac{\nu(x)}{p_T(x)}, \quad f = 0
     dim: int = 2
     half_width: float = 40.0
     variance: float = 1.0
-    linear: float = 4.0
-    quadratic: float = 1.0
+    linear: float = 1.0
+    quadratic: float = 0.25
     log_mass: float = 0.0
     horizon: float = 1.0
 
@@ -118,8 +118,8 @@ r(x) &= \log \frac{\nu(x)}{p_T(x)}, \quad f = 0
             np.zeros(dim), 2.0 * width, self.horizon, float(np.sqrt(self.variance))
         )
         features = np.zeros((3, 2 * dim + 1))
-        features[:2, :2] = np.eye(2) / width
-        features[2, dim:-1] = -1.0 / (dim * width**2)
+        features[:2, :2] = 4.0 * np.eye(2) / width
+        features[2, dim:-1] = -4.0 / (dim * width**2)
         theta_star = np.array([self.linear, self.linear, self.quadratic])
         target = gaussian_rows(
             np.full(N_MODES, self.log_mass - np.log(N_MODES)),
