@@ -97,6 +97,12 @@ def python(code):
 # ---------------------------------------------------------------- start
 
 
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "sdebench", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("sdebench, version")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
     """The budget of 0.4 s is met by what is not imported; clocks are noisy."""
