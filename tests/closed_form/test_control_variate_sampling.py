@@ -91,26 +91,18 @@ def test_one_function_above_its_coefficient_has_no_variance(beta):
     ratio = best_ratio(phi, f, w, given)
     assert variance(phi, f, w, ratio, given) == pytest.approx(0.0, abs=1e-14)
     values = (phi - beta) / ratio + beta
-    np.testing.assert_allclose(values, phi @ f, rtol=1e-13)  # every draw is I
+    np.testing.assert_allclose(values[0], (phi @ f)[0], rtol=1e-13)  # every draw is I
+
+
+ONE, TWO, HALVES = np.ones(1), np.ones((1, 2)), np.full(2, 0.5)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: best_beta(np.ones((1, 2)), np.full(2, 0.5), np.ones(2)),
-            "the law itself",
-        ),
-        (
-            lambda: best_ratio(
-                np.ones((1, 2)), np.full(2, 0.5), np.ones(1), np.ones(1)
-            ),
-            "nothing to estimate",
-        ),
-        (
-            lambda: best_beta(np.ones((1, 2)), np.ones(2), np.array([0.5, 1.5])),
-            "sum to 2",
-        ),
+        (lambda: best_beta(TWO, HALVES, np.ones(2)), "the law itself"),
+        (lambda: best_ratio(TWO, HALVES, ONE, ONE), "nothing to estimate"),
+        (lambda: best_beta(TWO, np.ones(2), np.array([0.5, 1.5])), "sum to 2"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(call, message):
