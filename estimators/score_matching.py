@@ -20,10 +20,12 @@ tilted law, as under the optimal control.  With x_1 of the model itself it is no
 target and novel score matching still vanish in mean at the optimum, while conditional
 score matching vanishes at every theta, as a model denoises its own samples.
 
-The noise under the weight of the cross-entropy is finite for novel score matching and
-every 0 < m < infinity; integrated over ever more times it diverges for conditional
-score matching, logarithmically towards the data, and for target score matching, like
-1/rho^2 towards the noise.  One xi for all times correlates the terms of a path.
+With one random time per sample, drawn in proportion to the weight of the cross-entropy,
+the noise is finite for novel score matching and every 0 < m < infinity; it diverges for
+conditional score matching, logarithmically towards the data, and for target score
+matching, like 1/rho^2 towards the noise.  Here every path has all times of the grid,
+and one xi.  The variance of their sum is at most (int eta |dscore/dtheta| sd(tau) dt)^2
+in continuous time, which is finite for conditional score matching.
 
 References
 ----------

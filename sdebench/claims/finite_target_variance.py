@@ -352,13 +352,13 @@ def _draw(axes: Axes, law: str, evidence: pd.DataFrame, colors: dict[str, Any]) 
             axes.plot(reach, curve, color=colors[target], lw=1.2, label=text)
     if min(targets.integral(t).value for t in FINITE) < 1e-12:
         axes.text(0.5, 0.03, "best affine: 0", transform=axes.transAxes)
-    for (schedule, marker), shift in zip(
-        zip(schedules(), "osD", strict=True), (0.93, 1.0, 1.08), strict=True
-    ):
+    looks = zip("osD", (6.5, 4.5, 2.0), strict=True)
+    for schedule, (marker, size) in zip(schedules(), looks, strict=True):
+        shown: dict[str, Any] = {"marker": marker, "ms": size, "mfc": "none", "ls": ""}
         mine = evidence[(evidence["law"] == law) & (evidence["schedule"] == schedule)]
         mine = mine[mine["R"].notna() & (mine["value"] > 0.0)]
         for row in records(mine):
             ends = [[row.value - row.low], [row.high - row.value]]
-            place, color = shift * row.R, colors[row.target]
-            axes.errorbar(place, row.value, yerr=ends, fmt=marker, ms=3, color=color)
-        axes.plot([], [], marker, ms=3, color="0.35", label=schedule)
+            color = colors[row.target]
+            axes.errorbar(row.R, row.value, yerr=ends, color=color, **shown)
+        axes.plot([], [], color="0.35", label=schedule, **shown)
