@@ -141,6 +141,12 @@ def level(n, N, power):  # type: ignore[no-untyped-def]
 
 
 @glue
+def uniform(z):  # type: ignore[no-untyped-def]
+    """Return the standard normal distribution function of z."""
+    return 0.5 * math.erfc(-z / math.sqrt(2.0))
+
+
+@glue
 def step_noise(prepared, n):  # type: ignore[no-untyped-def]
     """Return g_n."""
     return prepared.denoiser[n, 2] / prepared.denoiser[n, 1]

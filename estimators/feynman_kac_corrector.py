@@ -44,6 +44,7 @@ from sdebench.estimators._work import (
     step_noise,
     step_shrink,
     steps_of,
+    uniform,
 )
 from sdebench.simulate import primitives
 from sdebench.simulate.tables import Tables
@@ -57,12 +58,6 @@ if TYPE_CHECKING:
 
 RESAMPLING = ("systematic", "stratified")
 WEIGHTS = ("riemann", "kernel_ratio")
-
-
-@glue
-def uniform(z):  # type: ignore[no-untyped-def]
-    """Return the standard normal distribution function of z."""
-    return 0.5 * math.erfc(-z / math.sqrt(2.0))
 
 
 @glue

@@ -106,6 +106,7 @@ class TiltingProblem(Problem):
         rows = [family.tilt_rows(parameters, t) for t in times[:-1]]
         control = np.array([step.control_gain for step in steps])
         start = family.start
+        end_weights, end_means, end_variances = family.ideal_law(self.theta_star)
         return MixtureTables(
             scale=np.array([np.full(self.dim, step.scale) for step in steps]),
             offset=np.array([step.offset for step in steps]),
@@ -122,6 +123,9 @@ class TiltingProblem(Problem):
             noisy=np.asarray(mask, float),
             denoiser=self._denoiser(times, scheme),
             density=self._density(times),
+            end_cumulative=np.append(np.cumsum(end_weights)[:-1], 1.0),
+            end_mean=np.ascontiguousarray(end_means),
+            end_scale=np.sqrt(end_variances) * np.ones_like(end_means),
         )
 
     def _density(self, times: Array) -> Array:

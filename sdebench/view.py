@@ -57,6 +57,7 @@ NEEDS = {
     "running_cost_gradient": "the gradient of the running cost",
     "reward_gradient": "the gradient of the reward",
     "base_density": "the density of the base process, or its score",
+    "tilted_samples": "exact samples of the tilted law",
 }
 """What an estimator may need besides forward paths and their costs."""
 
@@ -255,17 +256,17 @@ class View:
 
     # ---- the densities of the base process ------------------------------------------
     @property
-    def _density_family(self) -> TorchMixture:
+    def _mixture(self) -> TorchMixture:
         from sdebench.simulate.torch_family import TorchMixture
 
         assert isinstance(self._family, TorchMixture)
-        self.used.add("base_density")
         return self._family
 
     def base_log_density(self, step: int, x: Tensor) -> Tensor:
         """Return log p(x) of the base process at time 0, ..., n_steps, (n_paths,)."""
+        self.used.add("base_density")
         self._count("density_evaluations")
-        return self._density_family.base_log_density(step, x)
+        return self._mixture.base_log_density(step, x)
 
     def base_score(self, step: int, x: Tensor) -> Tensor:
         """Return grad log p(x) of the base process at time 0, ..., n_steps.
@@ -273,8 +274,18 @@ class View:
         It counts as an evaluation of the drift: of a denoising process both are the
         output of one network.
         """
+        self.used.add("base_density")
         self._count("drift_evaluations")
-        return self._density_family.base_score(step, x)
+        return self._mixture.base_score(step, x)
+
+    def tilted_sample(self, normals: Tensor, uniforms: Tensor) -> Tensor:
+        """Return exact samples (n_paths, dim) of the tilted law p_T e^r / Z.
+
+        From standard normals (n_paths, dim) and uniforms (n_paths,).  An oracle: it
+        exists in a benchmark only.
+        """
+        self.used.add("tilted_samples")
+        return self._mixture.tilted_sample(normals, uniforms)
 
     # ---- the law of X_0, where theta moves it ----------------------------------------
     @property

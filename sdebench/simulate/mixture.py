@@ -73,6 +73,9 @@ class PreparedMixture(NamedTuple):
     noisy: Array  # (N,) 1 or 0
     denoiser: Array  # (N or 0, 5)
     density: Scores  # of N + 1 times, or none
+    end_cumulative: Array  # (Ke,)
+    end_mean: Array  # (Ke, d)
+    end_scale: Array  # (Ke, d)
 
 
 class ScoresWork(NamedTuple):
@@ -174,6 +177,9 @@ def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
         cast(noise_mask(tables)),
         cast(tables.denoiser),
         make_scores(density, dim, isotropic, dtype),
+        cast(tables.end_cumulative),
+        cast(tables.end_mean),
+        cast(tables.end_scale),
     )
 
 
@@ -424,18 +430,10 @@ def add_rest(parameter, feature, T, M, inverse, FX, FV, OUT, row, B):  # type: i
             store(OUT, i, p, y + mean * load(FV, j, p))
 
 
-# Primitives: see primitives.py --------------------------------------------------------
-
-
 @block_loop
-def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyped-def]
-    """X = mean_k + scale_k z of a random component k."""
-    mean, scale = prepared.start_mean, prepared.start_scale
-    cumulative, u, Z = prepared.start_cumulative, work.uniform, work.start
+def component_states(cumulative, mean, scale, u, Z, X, B):  # type: ignore[no-untyped-def]
+    """X = mean_k + scale_k z of the component k that holds the uniform u."""
     components, d = mean.shape
-    fill_start_normals(Z, work.words, Z.shape[0], B, p0, 0, k0, k1, replicate)
-    if components > 1:
-        fill_start_uniform(u, work.words, B, p0, k0, k1, replicate)
     for i in range(d):
         x, z = X[i], Z[i]
         for p in range(B):
@@ -444,6 +442,20 @@ def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyp
             edge = cumulative[k - 1]
             for p in range(B):
                 x[p] = mean[k, i] + scale[k, i] * z[p] if u[p] >= edge else x[p]
+
+
+# Primitives: see primitives.py --------------------------------------------------------
+
+
+@block_loop
+def start(prepared, work, X, B, p0, k0, k1, replicate):  # type: ignore[no-untyped-def]
+    """X = mean_k + scale_k z of a random component k."""
+    mean, scale = prepared.start_mean, prepared.start_scale
+    cumulative, u, Z = prepared.start_cumulative, work.uniform, work.start
+    fill_start_normals(Z, work.words, Z.shape[0], B, p0, 0, k0, k1, replicate)
+    if mean.shape[0] > 1:
+        fill_start_uniform(u, work.words, B, p0, k0, k1, replicate)
+    component_states(cumulative, mean, scale, u, Z, X, B)
 
 
 @glue
@@ -609,3 +621,10 @@ def base_score(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
     score(prepared.density, work.density, n, work.along, work.zero, B)
     S = work.density.score
     combine(1.0, S, 0.0, S, OUT, B)
+
+
+@block_loop
+def tilted_sample(prepared, work, u, Z, X, B):  # type: ignore[no-untyped-def]
+    """X = mean_k + scale_k z of the tilted law."""
+    mean, scale = prepared.end_mean, prepared.end_scale
+    component_states(prepared.end_cumulative, mean, scale, u, Z, X, B)

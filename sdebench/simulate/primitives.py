@@ -160,7 +160,8 @@ def step(prepared, work, n, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-d
 def base_mean(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = base mean(x); leaves ``work`` as no product below expects it.
 
-    This and the next two, at times n = 0, ..., N, are of mixture families only.
+    This and the next three are of mixture families only; densities and scores
+    exist at all times n = 0, ..., N.
     """
 
 
@@ -172,6 +173,11 @@ def base_log_density(prepared, work, n, X, OUT, row, B):  # type: ignore[no-unty
 @primitive
 def base_score(prepared, work, n, X, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = grad log p_n(x)."""
+
+
+@primitive
+def tilted_sample(prepared, work, u, Z, X, B):  # type: ignore[no-untyped-def]
+    """X = exact samples of the tilted law, from uniforms u (.,) and normals Z."""
 
 
 @primitive

@@ -90,6 +90,7 @@ class MixtureTables(NamedTuple):
     ``density`` are the rows of the marginal densities p_t of the base process, at all
     times of the grid; log p_t = log sum_k exp l_k, constants included.  They are those
     of X_0 ~ p_{t_0}, see `starts_from_density`.  Empty where there are none.
+    The tilted law p_T e^r / Z is sum_k weight_k N(end_mean_k, diag(end_scale_k^2)).
     """
 
     scale: Array  # (N, d)  a_n
@@ -107,6 +108,9 @@ class MixtureTables(NamedTuple):
     noisy: Array = np.zeros(0)  # (N,) or empty
     denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
     density: Array = np.zeros((0, 0, 0))  # (N + 1, Kp, 2d + 1) or empty
+    end_cumulative: Array = np.zeros(0)  # (Ke,) like start_cumulative, or empty
+    end_mean: Array = np.zeros((0, 0))  # (Ke, d)
+    end_scale: Array = np.zeros((0, 0))  # (Ke, d)
 
 
 class SineTables(NamedTuple):

@@ -215,6 +215,13 @@ class TorchMixture:
         index = index.clamp(max=len(t.start_cumulative) - 1)
         return t.start_mean[index] + t.start_scale[index] * normals
 
+    def tilted_sample(self, normals: Tensor, uniforms: Tensor) -> Tensor:
+        """Return samples (n, d) of the tilted law p_T e^r / Z."""
+        t = self._t
+        index = torch.searchsorted(t.end_cumulative, uniforms, right=True)
+        index = index.clamp(max=len(t.end_cumulative) - 1)
+        return t.end_mean[index] + t.end_scale[index] * normals
+
     def control(self, n: int, x: Tensor) -> Tensor:
         base, tilted = self._at(n, x)
         score = tilted.score if base is None else tilted.score - base.score

@@ -14,12 +14,23 @@ from sdebench.simulate.noise import Noise, split_seed
 from sdebench.view import View
 
 
+class GivenView(View):
+    """A view whose own normals, (count, n_paths, dim), are given as well."""
+
+    own = None
+
+    def noise(self, step):
+        if self.own is None or step < self.n_steps:
+            return super().noise(step)
+        return torch.tensor(self.own[step - self.n_steps])
+
+
 def view_at(problem, times, points):
     """A view whose paths have the normals ``points`` (n, (N + 1) d): start, steps."""
     count, n_steps = len(points), len(times) - 1
     normals = points.T.reshape(n_steps + 1, problem.dim, count)
     noise = Noise(normals[1:], normals[0], np.full(count, 0.5))
-    return View(
+    return GivenView(
         problem.tables(None, times),
         times,
         None,
@@ -33,12 +44,21 @@ def view_at(problem, times, points):
 
 def quadratic(problem, estimator, times):
     """Return A, b, c of the log-weight 1/2 z A z + b z + c in the normals z."""
-    count = len(times) * problem.dim
+
+    def values(points):
+        view = view_at(problem, times, points)
+        return estimator.statistics(view)[:, 0].numpy()
+
+    return quadratic_form(values, len(times) * problem.dim)
+
+
+def quadratic_form(function, count):
+    """Return A, b, c of a quadratic function of points (n, count)."""
     eye = np.eye(count)
     pairs = [(i, j) for i in range(count) for j in range(i)]
     crossed = [eye[i] + eye[j] for i, j in pairs]
     points = np.array([np.zeros(count), *eye, *-eye, *crossed])
-    values = estimator.statistics(view_at(problem, times, points))[:, 0].numpy()
+    values = function(points)
     c, up, down = values[0], values[1 : count + 1], values[count + 1 : 2 * count + 1]
     A = np.diag(up + down - 2.0 * c)
     for (i, j), value in zip(pairs, values[2 * count + 1 :], strict=True):
