@@ -42,7 +42,7 @@ class ManufacturedSine(RadialProblem):
     horizon : T > 0.
     """
 
-    default_steps: ClassVar[int] = 200
+    default_steps: ClassVar[int] = 400
     source: ClassVar[str] = (
         "E, Han and Jentzen 2017, arXiv:1706.04702, quadratically growing derivatives; "
         "control family ours"

@@ -272,13 +272,13 @@ def _stochastic(base: int, false_alarm: float) -> dict[str, Run]:
         return _refined(check, NotApplicableError, "n_steps", (64, 256))(problem)
 
     def law(problem: Problem, alarm: float) -> Outcome:
-        n_steps = 192 * _fineness(problem)
+        n_steps = 192 * exact.fineness(problem)
         return simulation.check_optimal_law(
             problem, n_steps=n_steps, seed=base + 200, alarm=alarm
         )
 
     def estimators(problem: Problem, alarm: float) -> Outcome:
-        n_steps = 64 * _fineness(problem)
+        n_steps = 64 * exact.fineness(problem)
         return simulation.check_estimators(
             problem, n_steps=n_steps, seed=base + 500, alarm=alarm
         )
@@ -292,11 +292,6 @@ def _stochastic(base: int, false_alarm: float) -> dict[str, Run]:
     }
     share = false_alarm / len(checks)
     return {name: partial(check, alarm=share) for name, check in checks.items()}
-
-
-def _fineness(problem: Problem) -> int:
-    """Return how many times more steps than usual a problem asks for, 1 to 8."""
-    return min(-(-problem.default_steps // 100), 8)
 
 
 def _refined(
@@ -337,7 +332,7 @@ def _regret(problem: Problem, seed: int, alarm: float) -> Outcome:
             problem,
             "halfway",
             n_paths=2**12,
-            n_steps=64 * _fineness(problem),
+            n_steps=64 * exact.fineness(problem),
             seed=seed,
             alarm=alarm,
         )

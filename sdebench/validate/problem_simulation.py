@@ -241,7 +241,9 @@ def check_regret(
     elif grid_dim(problem):
         half = 0.5 * control_gap(problem, problem.theta(theta), **resolution)  # type: ignore[arg-type]
     else:
-        return check_regret_by_simulation(problem, theta, alarm=alarm)
+        # whole paths are kept: fewer of them in many dimensions
+        n_paths = max(2**13 * 10 // max(problem.dim, 10), 2**10)
+        return check_regret_by_simulation(problem, theta, n_paths=n_paths, alarm=alarm)
     regret = truth.objective(theta) - truth.optimal_cost()
     regret -= truth.start_divergence(theta)
     scale = 1.0 + abs(truth.objective(theta))
