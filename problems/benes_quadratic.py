@@ -60,7 +60,7 @@ r(x) &= -\tfrac{1}{2} \beta\,|x - m|^2, \quad
         "modes early, and the reward prefers one of them."
     )
 
-    dim: int = 2  # type: ignore[assignment]
+    dim: int = 2
     rate: float = 2.0
     beta: float = 0.5
     target: float = 1.5

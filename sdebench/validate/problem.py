@@ -266,10 +266,21 @@ def _stochastic(base: int, false_alarm: float) -> dict[str, Run]:
         smallest=SMALLEST_SHARE,
     )
 
+    def start_steps(problem: Problem) -> int:
+        # extrapolation to continuous time needs as many as the problem asks for
+        chain = simulation.has_chain(problem)
+        return 64 if chain else 64 * exact.fineness(problem)
+
+    def under_base(problem: Problem, alarm: float) -> Outcome:
+        return feynman_kac(
+            problem, importance=False, n_steps=start_steps(problem), alarm=alarm
+        )
+
     def under_optimum(problem: Problem, alarm: float) -> Outcome:
         # The weights spread with the time step, and more in many dimensions.
-        check = partial(feynman_kac, alarm=alarm)
-        return _refined(check, NotApplicableError, "n_steps", (64, 256))(problem)
+        check, first = partial(feynman_kac, alarm=alarm), start_steps(problem)
+        steps = first, 4 * first
+        return _refined(check, NotApplicableError, "n_steps", steps)(problem)
 
     def law(problem: Problem, alarm: float) -> Outcome:
         n_steps = 192 * exact.fineness(problem)
@@ -284,7 +295,7 @@ def _stochastic(base: int, false_alarm: float) -> dict[str, Run]:
         )
 
     checks: dict[str, Run] = {
-        "log Z under the base": partial(feynman_kac, importance=False),
+        "log Z under the base": under_base,
         "log Z under u*": under_optimum,
         "law under u*": law,
         "regret": partial(_regret, seed=base + 400),
