@@ -71,7 +71,7 @@ r(x) &= -\sum_i \nu_i \left( (x_i / \text{well})^2 - 1 \right)^2, \quad f = 0
         "exponentially, and with them adjoints and weights."
     )
 
-    dim: int = 10  # type: ignore[assignment]
+    dim: int = 10
     well: float = 2.0
     barrier: float = 2.5
     heavy: float = 3.0

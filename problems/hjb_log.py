@@ -52,8 +52,8 @@ r(x) &= -\ln \tfrac{1}{2} (1 + |x|^2), \quad f = 0
         "reward is of size 1/d."
     )
 
-    dim: int = 100  # type: ignore[assignment]
-    horizon: float = 1.0  # type: ignore[assignment]
+    dim: int = 100
+    horizon: float = 1.0
 
     @property
     def sigma(self) -> float:

@@ -42,7 +42,7 @@ class ManufacturedSine(RadialProblem):
     horizon : T > 0.
     """
 
-    default_steps: ClassVar[int] = 200
+    default_steps: ClassVar[int] = 400
     source: ClassVar[str] = (
         "E, Han and Jentzen 2017, arXiv:1706.04702, quadratically growing derivatives; "
         "control family ours"
@@ -59,10 +59,10 @@ r(x) &= -V(x, T), \quad
         "along the path: most of the noise is in costs that no control can change."
     )
 
-    dim: ClassVar[int] = 100  # type: ignore[misc]
+    dim: ClassVar[int] = 100
     amplitude: float = -2.0
     power: float = 0.4
-    horizon: float = 1.0  # type: ignore[assignment]
+    horizon: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,7 +58,7 @@ class Kind(NamedTuple):
     force: Array  # (J,) b
     features: Array  # (P, J) phi; zero rows for parameters of other kinds
     cost: Array  # (J,) g
-    count: int
+    copies: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class ProductProblem(Problem):
 
     @property
     def dim(self) -> int:
-        return sum(kind.count for kind in self.kinds)
+        return sum(kind.copies for kind in self.kinds)
 
     @property
     def time_span(self) -> tuple[float, float]:
@@ -116,7 +116,7 @@ class ProductProblem(Problem):
             np.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])])
             for p in parts
         ]
-        return np.repeat(padded, [kind.count for kind in self.kinds], axis=0)
+        return np.repeat(padded, [kind.copies for kind in self.kinds], axis=0)
 
     def _evaluate(self, coefficients: Array, x: Array) -> Array:
         """Return sum_j coefficients_ij x_i^j at the clipped x (..., d)."""
@@ -240,7 +240,7 @@ class ProductTruth(Truth):
             LineDiffusion(kind.force, kind.features, kind.cost, problem.end_time)
             for kind in problem.kinds
         ]
-        self._counts = [kind.count for kind in problem.kinds]
+        self._counts = [kind.copies for kind in problem.kinds]
         self._known: dict[tuple[str, int, bytes, bytes], Array] = {}
 
     # ---- sums over kinds ----------------------------------------------------------
@@ -261,8 +261,12 @@ class ProductTruth(Truth):
         level : 0 for the answers, 1 for those that bound their error.
         """
         times = None if n_steps is None else self._problem.time_grid(n_steps)
-        numbers = (theta, times)
-        key = (what, level, *(b"" if a is None else a.tobytes() for a in numbers))
+        key = (
+            what,
+            level,
+            b"" if theta is None else theta.tobytes(),
+            b"" if times is None else times.tobytes(),
+        )
         if key not in self._known:
             if times is None:
                 parts = [

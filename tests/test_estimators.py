@@ -707,6 +707,7 @@ def test_pathwise_and_reinforce_agree_on_mixtures(spec):
             seed=41,
         )
         worker = make_worker(chosen, group, settings)
+        paths = min(paths, worker.size)  # less than a replicate in many dimensions
         values = np.empty((2, count, chosen.n_params))
         for replicate in range(count):
             rows, _, _ = worker.block(replicate, 0, paths)

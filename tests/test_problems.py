@@ -81,8 +81,10 @@ def test_second_route(problem):
 @every_problem
 @pytest.mark.parametrize("importance", [True, False], ids=["optimum", "base"])
 def test_feynman_kac(problem, importance):
+    # extrapolation to continuous time needs as many steps as the problem asks for
+    finer = 1 if checks.has_chain(problem) else checks.fineness(problem)
     try:
-        checks.check_feynman_kac(problem, importance, n_paths=2**14)
+        checks.check_feynman_kac(problem, importance, n_paths=2**14, n_steps=64 * finer)
     except NotApplicableError as reason:
         assert not importance
         pytest.skip(str(reason))

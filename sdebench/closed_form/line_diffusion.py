@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.polynomial import polynomial
@@ -48,7 +48,7 @@ DENSITY = 1.5
 ROUNDING = 4e-14
 
 
-def evaluate(coefficients: Array, x: Array) -> Array:
+def evaluate(coefficients: NDArray[Any], x: Array) -> Array:
     """Return the polynomial with these coefficients, lowest first, at x."""
     return np.asarray(polynomial.polyval(x, coefficients))
 

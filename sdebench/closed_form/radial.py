@@ -213,7 +213,7 @@ class RadialProcess:
 @lru_cache(maxsize=4)
 def _logarithmic_nodes(density: float) -> tuple[Array, Array]:
     """Return v = e^y and the weights of int_0^inf exp(-v) F(v) dv."""
-    y = np.arange(-46.0, 4.0, 0.06 / density)
+    y = np.arange(-40.0, 3.8, 0.11 / density)
     v = np.exp(y)
     return v, (y[1] - y[0]) * v * np.exp(-v)
 

@@ -266,25 +266,36 @@ def _stochastic(base: int, false_alarm: float) -> dict[str, Run]:
         smallest=SMALLEST_SHARE,
     )
 
+    def start_steps(problem: Problem) -> int:
+        # extrapolation to continuous time needs as many as the problem asks for
+        chain = simulation.has_chain(problem)
+        return 64 if chain else 64 * exact.fineness(problem)
+
+    def under_base(problem: Problem, alarm: float) -> Outcome:
+        return feynman_kac(
+            problem, importance=False, n_steps=start_steps(problem), alarm=alarm
+        )
+
     def under_optimum(problem: Problem, alarm: float) -> Outcome:
         # The weights spread with the time step, and more in many dimensions.
-        check = partial(feynman_kac, alarm=alarm)
-        return _refined(check, NotApplicableError, "n_steps", (64, 256))(problem)
+        check, first = partial(feynman_kac, alarm=alarm), start_steps(problem)
+        steps = first, 4 * first
+        return _refined(check, NotApplicableError, "n_steps", steps)(problem)
 
     def law(problem: Problem, alarm: float) -> Outcome:
-        n_steps = 192 * _fineness(problem)
+        n_steps = 192 * exact.fineness(problem)
         return simulation.check_optimal_law(
             problem, n_steps=n_steps, seed=base + 200, alarm=alarm
         )
 
     def estimators(problem: Problem, alarm: float) -> Outcome:
-        n_steps = 64 * _fineness(problem)
+        n_steps = 64 * exact.fineness(problem)
         return simulation.check_estimators(
             problem, n_steps=n_steps, seed=base + 500, alarm=alarm
         )
 
     checks: dict[str, Run] = {
-        "log Z under the base": partial(feynman_kac, importance=False),
+        "log Z under the base": under_base,
         "log Z under u*": under_optimum,
         "law under u*": law,
         "regret": partial(_regret, seed=base + 400),
@@ -292,11 +303,6 @@ def _stochastic(base: int, false_alarm: float) -> dict[str, Run]:
     }
     share = false_alarm / len(checks)
     return {name: partial(check, alarm=share) for name, check in checks.items()}
-
-
-def _fineness(problem: Problem) -> int:
-    """Return how many times more steps than usual a problem asks for, 1 to 8."""
-    return min(-(-problem.default_steps // 100), 8)
 
 
 def _refined(
@@ -337,7 +343,7 @@ def _regret(problem: Problem, seed: int, alarm: float) -> Outcome:
             problem,
             "halfway",
             n_paths=2**12,
-            n_steps=64 * _fineness(problem),
+            n_steps=64 * exact.fineness(problem),
             seed=seed,
             alarm=alarm,
         )

@@ -107,6 +107,11 @@ def reduced(problem: P, dim: int = 2) -> P:
     return problem
 
 
+def fineness(problem: Problem) -> int:
+    """Return how many times more steps than usual a problem asks for, 1 to 8."""
+    return min(-(-problem.default_steps // 100), 8)
+
+
 def thetas(problem: Problem, seed: int = 5) -> dict[str, Array]:
     """Return the named points and one random theta near the line through them."""
     star = problem.theta_star

@@ -119,6 +119,12 @@ class Grid:
 
     def _h_at_point(self) -> Array:
         """Return h at the start point, where X_0 given X_T has no density."""
+        if not self.base.gaussian:  # the law of X_T given the point is a mixture
+            axis = self.axis(self.width)
+            y = self.points(axis)
+            logs = lq.log_value(self.base.terminal, y) + self.problem.reward(y)
+            cell = (axis[1] - axis[0]) ** self.problem.dim
+            return np.array([cell * np.exp(logs).sum()])
         scale, offset, variance = self.base.forward(self.start, self.end)
         axis = self.axis(1.0 / np.sqrt(1.0 / self.width**2 + 1.0 / variance))
         z = (axis[:, None] - scale * self.means[0] - offset) / np.sqrt(variance)
@@ -180,10 +186,13 @@ class Grid:
             axis = self.axis(
                 spread.min() / refine, low, np.max(law.means + 9.5 * spread)
             )
-            scale, offset, variance = self.base.forward(self.start, t)
-            gap = self.points(axis) - (scale * mean[0] + offset)
-            density = np.exp(-0.5 * np.sum(gap**2, -1) / variance)
-            density /= (2.0 * np.pi * variance) ** (dim / 2)
+            if self.base.gaussian:
+                scale, offset, variance = self.base.forward(self.start, t)
+                gap = self.points(axis) - (scale * mean[0] + offset)
+                density = np.exp(-0.5 * np.sum(gap**2, -1) / variance)
+                density /= (2.0 * np.pi * variance) ** (dim / 2)
+            else:
+                density = np.exp(lq.log_value(self.base.marginal(t), self.points(axis)))
             at_start = (
                 self.h(mean, self.start)
                 if log_h is None
