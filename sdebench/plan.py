@@ -152,8 +152,12 @@ def _quick(seed: int) -> Iterator[Cell]:
     every = [spec for spec, _ in entries]
     defaults = [spec for spec, thing in entries if _is_default(spec, thing)]
     families: set[str] = set()
+    names: set[str] = set()
     for spec, problem in _entries("problem"):
         n_steps = problem.default_steps
+        name = spec.partition(":")[0]
+        new_name = name not in names
+        names.add(name)
         new_family = _family(problem) not in families
         families.add(_family(problem))
         ladder = _ladder(n_steps, QUICK_LADDER)
@@ -167,7 +171,8 @@ def _quick(seed: int) -> Iterator[Cell]:
                 size = QUICK_PATHS, count
                 return Cell(_p, _e, point, n_steps, *size, seed=seed, **o)  # type: ignore[arg-type]
 
-            points = QUICK_POINTS if estimator in defaults else QUICK_POINTS[:1]
+            whole = new_name and estimator in defaults
+            points = QUICK_POINTS if whole else QUICK_POINTS[:1]
             yield from (cell(point, n_steps) for point in points)
             if new_family and estimator in defaults:
                 yield from (cell(QUICK_POINTS[0], n) for n in ladder)

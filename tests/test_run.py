@@ -134,12 +134,13 @@ def test_quick_covers_the_catalogue(catalogue):
         if (c.backend, c.dtype) == ("numba", "float64")
     }
     defaults = estimators - {"reinforce:baseline=mean"}
-    # Other variants at one point, on the first problem of each family.
-    first = ("ou_linear", "two_modes:beta=0.1")
-    others = itertools.product(first, estimators - defaults, plan.QUICK_POINTS[:1])
+    # At one point alone: other variants, on the first problem of each family, and
+    # further variants of a problem.
+    first, further = ("ou_linear", "two_modes:beta=0.1"), {"two_modes:beta=1.0"}
     assert plain == {
-        *itertools.product(problems, defaults, plan.QUICK_POINTS),
-        *others,
+        *itertools.product(problems - further, defaults, plan.QUICK_POINTS),
+        *itertools.product(further, defaults, plan.QUICK_POINTS[:1]),
+        *itertools.product(first, estimators - defaults, plan.QUICK_POINTS[:1]),
     }
     # One ladder, torch and float32 cell per family, on its first problem.
     for special in ("torch", "float32"):
