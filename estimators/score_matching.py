@@ -29,7 +29,7 @@ in continuous time, which is finite for conditional score matching.
 
 References
 ----------
-C. Domingo-Enrich, Y. Du, M. S. Albergo, arXiv:2605.00229 (the common form);
+Domingo-Enrich, Du and Albergo 2026, arXiv:2605.00229 (the common form);
 A. Phillips et al., "Particle denoising diffusion sampler", ICML 2024, arXiv:2402.06320
 (novel); V. De Bortoli et al., "Target score matching", 2024, arXiv:2402.08667;
 P. Vincent, Neural Computation 2011 (conditional).
