@@ -328,7 +328,7 @@ class CorrectorInitialLaw(Claim):
                     "weighted mean": signed(interval_of(mean), 3),
                     "exact mean": f"{mean['exact']:.3f}",
                     "mean of q^γ": f"{mean['target']:.3f}",
-                    "effective share": plain(by.loc["effective share", "value"], 2),
+                    "effective share": plain(float(by["value"]["effective share"]), 2),
                 }
             )
         return pd.DataFrame(rows)
@@ -370,7 +370,7 @@ def _draw(axes: Axes, quantity: str, rows: pd.DataFrame) -> None:
         value = mine["value"].to_numpy()
         law = "N(0, 1/γ)" if start == "right" else "N(0, 1)"
         axes.errorbar(
-            mine["power"] + 0.01 * shift[str(start), float(rate)],
+            mine["power"] + 0.01 * shift[str(start), float(str(rate))],
             value,
             yerr=[value - mine["low"], mine["high"] - value],
             fmt="o" if rate == 8.0 else "s",
