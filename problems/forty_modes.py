@@ -74,11 +74,11 @@ class FortyModes(TiltingProblem):
     )
     formula: ClassVar[str] = r"""\begin{aligned}
 dX_t &= \sigma_t\,(u\,dt + dW_t), \quad X_0 = 0, \quad
-  \sigma_t = (2\,\text{half\_width})^{1 - t / T}
+  \sigma_t = (2\,\text{half width})^{1 - t / T}
   \,\text{variance}^{t / (2 T)} \\
 \nu(x) &= \text{mass}\,\tfrac{1}{40} \sum_{k=1}^{40}
   \mathcal{N}(x; m_k, \text{variance}\,I), \quad
-  m_k \in [-\text{half\_width}, \text{half\_width}]^d \\
+  m_k \in [-\text{half width}, \text{half width}]^d \\
 r(x) &= \log \frac{\nu(x)}{p_T(x)}, \quad f = 0
 \end{aligned}"""
     hardness: ClassVar[str] = (
