@@ -170,6 +170,11 @@ def statistics(problem, group, settings):
     return [np.concatenate(p, axis=1) for p in zip(*parts, strict=True)]
 
 
+EXPLODING = ("forty_modes",)
+"""Whose paths between modes magnify what is changed: pathwise gradients are far longer
+than their mean, and float32 rounds exponents of size 1600."""
+
+
 FAST = ("damped_oscillator", "gaussian_tilt", "two_modes", "lq_oscillator")
 """Problems, at least one of each family, whose tests are not slow."""
 
@@ -191,6 +196,8 @@ def test_both_backends_agree_path_by_path(name, scheme, steps, dtype):
     chosen = problem(name)
     if scheme not in chosen.schemes:
         pytest.skip(f"{name} has no scheme {scheme}")
+    if dtype == "float32" and name in EXPLODING:
+        pytest.skip(f"{name} magnifies the rounding of float32")
     times = grid(chosen, steps)
     settings = Settings(
         times=times,
@@ -677,10 +684,6 @@ def test_mean_baseline_shrinks_the_likelihood_ratio_part(spec, n_paths, n_replic
     for factor in (0.5, 2.0):
         wrong = np.array(own["truth_discrete"]) - factor * ratio_part / n_paths
         assert bias_test(own["mean"], wrong, variance, n_replicates).p_value < limit
-
-
-EXPLODING = ("forty_modes",)
-"""Whose pathwise gradients are far longer than their mean, on paths between modes."""
 
 
 # ---- 5. mixtures: no exact chain, two estimators and the order of the bias --

@@ -624,4 +624,4 @@ def _draw_modes(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_xlim(-46.0, 46.0)
     axes.set_ylim(-46.0, 46.0)
     axes.set_aspect("equal")
-    axes.set_xlabel("weights: J disks, cross-entropy rings")
+    axes.set_xlabel("disks: J, rings: cross-entropy")

@@ -167,7 +167,7 @@ class ModeWeights(Study):
                 axes.set_title(f"{dim} dimensions", loc="left", pad=3)
                 finish_axes(axes, grid="x")
             handles, labels = panels[0].get_legend_handles_labels()
-            figure.legend(handles, labels, ncols=3, loc="outside upper center")
+            figure.legend(handles, labels, ncols=4, loc="outside upper center")
             settle(figure)
         return figure
 
@@ -251,6 +251,7 @@ def _draw(axes: Axes, rows: pd.DataFrame) -> None:
         range(len(places)),
         [f"paths, {p}" for p in POINTS] + [f"weighted, {p}" for p in PROPOSALS],
     )
+    axes.plot([], [], "o", mfc="none", ms=4, color="0.35", label="too few paths seen")
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.set_xlim(-2.0, 102.0)
     axes.set_xlabel("total variation of the mode weights, %")

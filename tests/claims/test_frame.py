@@ -318,7 +318,7 @@ def test_the_list_runs_nothing(tmp_path, capsys, monkeypatch):
 
 def test_an_unknown_name_is_a_users_error(capsys):
     assert command("lean_adjoin") == 2
-    assert "did you mean lean_adjoint?" in capsys.readouterr().err
+    assert "did you mean lean_adjoint" in capsys.readouterr().err
 
 
 def test_a_file_with_two_claims_is_refused(monkeypatch):
