@@ -191,12 +191,10 @@ class LineDiffusion:
 
     def _spent(self, rates: Array, passed: Array, both: Array) -> Array:
         """Return int_0^T exp(-rate_j t) (1 - exp(-rate_k (T - t))) / rate_k dt."""
+        # the constant mode, of rate zero, has no slope to multiply this
         slow = np.abs(rates) * self.horizon < 1e-8
         safe = np.where(slow, 1.0, rates)
-        limit = (self.horizon - passed) / safe
-        limit = np.where(slow, 0.5 * self.horizon**2, limit)
-        general = (passed[:, None] - both) / safe
-        return np.where(slow, limit[:, None], general)
+        return np.where(slow, 0.0, (passed[:, None] - both) / safe)
 
     def log_h(self, resolution: tuple[float, float]) -> float:
         """Return log E exp(-g(X_T)) under the base process."""
