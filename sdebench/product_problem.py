@@ -25,21 +25,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.polynomial import polynomial
 
+from sdebench.certified_truth import CertifiedTruth, best_in_family, root_bound
 from sdebench.closed_form import line_chain, line_diffusion
 from sdebench.closed_form.line_chain import LineChain
 from sdebench.closed_form.line_diffusion import (
-    LineAnswers,
     LineDiffusion,
     Value,
     check_range,
 )
-from sdebench.errors import NotApplicableError, NotExactError, NumericalError
+from sdebench.errors import NotApplicableError
 from sdebench.problem import (
     EULER,
     Array,
     Problem,
     Steps,
-    Truth,
     as_states,
     as_time,
     check_noisy,
@@ -48,8 +47,7 @@ from sdebench.problem import (
 from sdebench.simulate.tables import SeparableTables
 
 if TYPE_CHECKING:
-    from sdebench.closed_form.affine_chain import PolicyChain
-    from sdebench.closed_form.gaussian_mixture import GaussianMixture
+    pass
 
 
 class Kind(NamedTuple):
@@ -196,28 +194,8 @@ def _truth(problem: ProductProblem) -> ProductTruth:
 
 @lru_cache(maxsize=16)
 def best_parameters(problem: ProductProblem) -> Array:
-    """Return the minimizer of J in the family, by Newton's method on its gradient."""
-    truth, theta = _truth(problem), np.zeros(problem.n_params)
-    size, step = np.inf, 1e-4
-    for _ in range(80):
-        gradient = truth.gradient(theta)
-        before, size = size, float(np.linalg.norm(gradient))
-        if size <= 1e-14 or (size >= before and size <= 1e-11):
-            return theta
-        rows = [
-            (truth.gradient(theta + e) - truth.gradient(theta - e)) / (2.0 * step)
-            for e in step * np.eye(len(theta))
-        ]
-        hessian = 0.5 * (np.array(rows) + np.array(rows).T)
-        least = float(np.linalg.eigvalsh(hessian)[0])
-        hessian += max(0.0, 0.05 - least) * np.eye(len(theta))
-        change = np.linalg.solve(hessian, gradient)
-        # far from the minimum a whole step may overshoot
-        theta = theta - change / max(1.0, float(np.linalg.norm(change)))
-    raise NumericalError(
-        f"no minimizer of J was found in the control family of {problem.label}; "
-        "reduce the reward or the horizon"
-    )
+    """Return the minimizer of J in the family; remembered, it takes seconds."""
+    return best_in_family(problem)
 
 
 def _on_chain(chain: LineChain, what: str) -> Array:
@@ -229,7 +207,7 @@ def _on_chain(chain: LineChain, what: str) -> Array:
     return np.array([cost, chain.control_distance(controls)])
 
 
-class ProductTruth(Truth):
+class ProductTruth(CertifiedTruth):
     """Certified answers of a `ProductProblem`."""
 
     _problem: ProductProblem
@@ -241,48 +219,27 @@ class ProductTruth(Truth):
             for kind in problem.kinds
         ]
         self._counts = [kind.copies for kind in problem.kinds]
-        self._known: dict[tuple[str, int, bytes, bytes], Array] = {}
 
-    # ---- sums over kinds ----------------------------------------------------------
-    def _sum(
-        self,
-        what: str,
-        theta: Array | None,
-        n_steps: Steps,
-        scheme: str = EULER,
-        level: int = 0,
+    def _numbers(
+        self, what: str, theta: Array | None, times: Array | None, level: int
     ) -> Array:
-        """Return answers summed over the coordinates, on a fine grid or a coarse one.
+        """Return answers summed over the coordinates.
 
         Parameters
         ----------
-        what : "policy" (`LineAnswers`), "tilt" (log Z) or "best" (the least cost of the
-            N-step chain, and the distance from u*_N).
-        level : 0 for the answers, 1 for those that bound their error.
+        what : "policy" (`PolicyAnswers`), "tilt" (log Z) or "best" (the least cost of
+            the N-step chain, and the distance from u*_N).
         """
-        times = None if n_steps is None else self._problem.time_grid(n_steps)
-        key = (
-            what,
-            level,
-            b"" if theta is None else theta.tobytes(),
-            b"" if times is None else times.tobytes(),
-        )
-        if key not in self._known:
-            if times is None:
-                parts = [
-                    self._on_line(line, what, theta, level) for line in self._lines
-                ]
-            else:
-                tables = self._problem.tables(theta, times, scheme)
-                firsts = np.cumsum([0, *self._counts[:-1]])
-                parts = [
-                    _on_chain(
-                        LineChain(tables, int(first), line_chain.LEVELS[level]), what
-                    )
-                    for first in firsts
-                ]
-            self._known[key] = np.tensordot(self._counts, parts, 1)
-        return self._known[key]
+        if times is None:
+            parts = [self._on_line(one, what, theta, level) for one in self._lines]
+        else:
+            tables = self._problem.tables(theta, times)
+            resolution = line_chain.LEVELS[level]
+            parts = [
+                _on_chain(LineChain(tables, int(first), resolution), what)
+                for first in np.cumsum([0, *self._counts[:-1]])
+            ]
+        return np.tensordot(self._counts, parts, 1)
 
     def _on_line(
         self, line: LineDiffusion, what: str, theta: Array | None, level: int
@@ -293,62 +250,25 @@ class ProductTruth(Truth):
         assert theta is not None
         return line.policy(theta, resolution).stacked()
 
-    def _bound(
-        self, what: str, theta: Array | None, n_steps: Steps, scheme: str = EULER
-    ) -> Array:
-        """Return bounds of the errors of `_sum`: how far a coarser grid changes it."""
-        fine, coarse = (
-            self._sum(what, theta, n_steps, scheme, level) for level in (0, 1)
-        )
-        size = sum(self._counts) + float(np.max(np.abs(fine)))
-        return np.abs(fine - coarse) + line_diffusion.ROUNDING * size
-
-    def _policy(self, theta: Any, n_steps: Steps, scheme: str = EULER) -> LineAnswers:
-        theta = self._problem.theta(theta)
-        return LineAnswers.unstacked(self._sum("policy", theta, n_steps, scheme))
-
-    def _best(self, theta: Any, n_steps: Steps, scheme: str = EULER) -> Array:
-        return self._sum("best", self._problem.theta(theta), n_steps, scheme)
-
     # ---- answers ------------------------------------------------------------------
-    def objective(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        return self._policy(theta, n_steps, scheme).objective
-
-    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
-        return self._policy(theta, n_steps, scheme).gradient.copy()
-
-    def reward_only_objective(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        return self._policy(theta, n_steps, scheme).reward_only_objective
-
-    def reward_only_gradient(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> Array:
-        return self._policy(theta, n_steps, scheme).reward_only_gradient.copy()
-
-    def matching_gradient(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> Array:
-        return self._policy(theta, n_steps, scheme).matching_gradient.copy()
-
     def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        return float(self._sum("tilt", None, n_steps, scheme)[0])
+        check_scheme(scheme)
+        return float(self._remembered("tilt", None, n_steps)[0])
+
+    def _best(self, theta: Any, n_steps: Steps) -> Array:
+        return self._remembered("best", self._problem.theta(theta), n_steps)
 
     def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         if n_steps is None:
             return -self.log_normalizer()
-        return float(self._best("zero", n_steps, scheme)[0])
+        return float(self._best("zero", n_steps)[0])
 
     def control_error(
         self, theta: Any, n_steps: Steps = None, scheme: str = EULER
     ) -> float:
         if n_steps is None:
-            excess = self.objective(theta) - self.optimal_cost()
-            return float(np.sqrt(2.0 * max(excess, 0.0)))
-        return float(np.sqrt(self._best(theta, n_steps, scheme)[1]))
+            return super().control_error(theta)
+        return float(np.sqrt(self._best(theta, n_steps)[1]))
 
     def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
         from scipy.interpolate import CubicSpline
@@ -365,15 +285,6 @@ class ProductTruth(Truth):
             )
             first += count
         return found / np.sqrt(times[step + 1] - times[step])
-
-    def policy_chain(
-        self,
-        theta: Any,
-        n_steps: Steps = None,
-        scheme: str = EULER,
-        noisy: Array | None = None,
-    ) -> PolicyChain:
-        raise NotExactError("a nonlinear chain has no exact parts of its gradient")
 
     # ---- functions of state and time ------------------------------------------------
     @cached_property
@@ -401,17 +312,6 @@ class ProductTruth(Truth):
         states, time = self._at(x, t)
         return self._problem.policy(states, time, self._problem.theta(theta))
 
-    def _no_density(self, t: float) -> GaussianMixture:
-        if as_time(t, self._problem.time_span) == self._problem.time_span[0]:
-            raise NotExactError("X_0 is a point: it has no density")
-        raise NotExactError("the law of a nonlinear process has no closed form")
-
-    def base_marginal(self, t: float) -> GaussianMixture:
-        return self._no_density(t)
-
-    def tilted_marginal(self, t: float) -> GaussianMixture:
-        return self._no_density(t)
-
     # ---- bounds ---------------------------------------------------------------------
     def error_bound(
         self, quantity: str, theta: Any = None, n_steps: Steps = None
@@ -426,25 +326,17 @@ class ProductTruth(Truth):
         """
         if quantity == "value":
             return self._value_bound
-        theta = self._problem.theta("optimum" if theta is None else theta)
-        if quantity == "control_error":
-            return self._control_error_bound(theta, n_steps)
-        if quantity == "optimal_cost" and n_steps is not None:
-            return float(self._bound("best", self._problem.theta("zero"), n_steps)[0])
-        if quantity in ("log_normalizer", "optimal_cost"):
+        if quantity == "log_normalizer":
             return float(self._bound("tilt", None, n_steps)[0])
-        bounds = LineAnswers.unstacked(self._bound("policy", theta, n_steps))
-        return float(np.linalg.norm(getattr(bounds, quantity)))
-
-    def _control_error_bound(self, theta: Array, n_steps: Steps) -> float:
-        """Return the bound of a square root, from that of its argument."""
-        if n_steps is None:
-            bound = self.error_bound("objective", theta)
-            bound = 2.0 * (bound + self.error_bound("optimal_cost"))
-        else:
+        if quantity == "optimal_cost" and n_steps is None:
+            return float(self._bound("tilt", None, None)[0])
+        if n_steps is not None and quantity in ("optimal_cost", "control_error"):
+            theta = self._problem.theta("optimum" if theta is None else theta)
+            if quantity == "optimal_cost":
+                return float(self._bound("best", 0.0 * theta, n_steps)[0])
             bound = float(self._bound("best", theta, n_steps)[1])
-        size = self.control_error(theta, n_steps)
-        return min(bound / size, float(np.sqrt(bound))) if size else np.sqrt(bound)
+            return root_bound(self.control_error(theta, n_steps), bound)
+        return super().error_bound(quantity, theta, n_steps)
 
     @cached_property
     def _value_bound(self) -> float:

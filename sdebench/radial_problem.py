@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sdebench.closed_form.radial import RadialAnswers, RadialProcess
+from sdebench.certified_truth import CertifiedTruth, best_in_family
+from sdebench.closed_form.radial import RadialProcess
 from sdebench.errors import (
     NotApplicableError,
     NotExactError,
-    NumericalError,
     ParameterError,
 )
 from sdebench.problem import (
@@ -33,7 +33,6 @@ from sdebench.problem import (
     Array,
     Problem,
     Steps,
-    Truth,
     as_states,
     as_time,
     check_noisy,
@@ -42,16 +41,10 @@ from sdebench.problem import (
 from sdebench.simulate.tables import SeparableTables
 
 if TYPE_CHECKING:
-    from sdebench.closed_form.affine_chain import PolicyChain
     from sdebench.closed_form.gaussian_mixture import GaussianMixture
 
 LEVELS = (40, 1.0), (28, 0.8)
 """Panels in time and density of the nodes: of an answer, and to bound its error."""
-ROUNDING = 4e-14
-NO_OPTIMUM = (
-    "the optimum of the N-step chain has no closed form with a cost that is not "
-    "quadratic"
-)
 UNLIMITED = 1e30
 
 
@@ -123,27 +116,8 @@ class RadialProblem(Problem):
 
     @cached_property
     def theta_star(self) -> Array:
-        """The minimizer of J in the family, by Newton's method on its gradient."""
-        theta, truth = np.zeros(2), self.truth
-        size, step = np.inf, 1e-4
-        for _ in range(80):
-            gradient = truth.gradient(theta)
-            before, size = size, float(np.linalg.norm(gradient))
-            if size <= 1e-14 or (size >= before and size <= 1e-10):
-                return theta
-            rows = [
-                (truth.gradient(theta + e) - truth.gradient(theta - e)) / (2.0 * step)
-                for e in step * np.eye(2)
-            ]
-            change = np.linalg.solve(
-                0.5 * (np.array(rows) + np.array(rows).T), gradient
-            )
-            # far from the minimum a whole step may overshoot
-            theta = theta - change / max(1.0, float(np.linalg.norm(change)))
-        raise NumericalError(
-            f"no minimizer of J was found in the control family of {self.label}; "
-            "reduce the horizon"
-        )
+        """The minimizer of J in the family."""
+        return best_in_family(self)
 
     def drift(self, x: Array, t: float) -> Array:
         as_time(t, self.time_span)
@@ -203,56 +177,20 @@ class RadialProblem(Problem):
         )
 
 
-class RadialTruth(Truth):
+class RadialTruth(CertifiedTruth):
     """Exact answers of a `RadialProblem`."""
 
     _problem: RadialProblem
 
-    def __init__(self, problem: RadialProblem) -> None:
-        super().__init__(problem)
-        self._known: dict[tuple[bytes, bytes, int], Array] = {}
-
-    def _answers(self, theta: Array, n_steps: Steps, level: int = 0) -> Array:
-        """Return `RadialAnswers`, stacked; remembered."""
-        times = None if n_steps is None else self._problem.time_grid(n_steps)
-        key = theta.tobytes(), b"" if times is None else times.tobytes(), level
-        if key not in self._known:
-            panels, density = LEVELS[level]
-            process = self._problem.process
-            self._known[key] = (
-                process.policy(theta, panels, density)
-                if times is None
-                else process.chain(theta, times, density)
-            ).stacked()
-        return self._known[key]
-
-    def _policy(self, theta: Any, n_steps: Steps, scheme: str) -> RadialAnswers:
-        check_scheme(scheme)
-        theta = self._problem.theta(theta)
-        return RadialAnswers.unstacked(self._answers(theta, n_steps))
-
-    def objective(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        return self._policy(theta, n_steps, scheme).objective
-
-    def gradient(self, theta: Any, n_steps: Steps = None, scheme: str = EULER) -> Array:
-        return self._policy(theta, n_steps, scheme).gradient.copy()
-
-    def reward_only_objective(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        return self._policy(theta, n_steps, scheme).reward_only_objective
-
-    def reward_only_gradient(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
+    def _numbers(
+        self, what: str, theta: Array | None, times: Array | None, level: int
     ) -> Array:
-        return self._policy(theta, n_steps, scheme).reward_only_gradient.copy()
-
-    def matching_gradient(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> Array:
-        return self._policy(theta, n_steps, scheme).matching_gradient.copy()
+        assert theta is not None
+        panels, density = LEVELS[level]
+        process = self._problem.process
+        if times is None:
+            return process.policy(theta, panels, density).stacked()
+        return process.chain(theta, times, density).stacked()
 
     def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         if n_steps is not None and self._problem.process.running is not None:
@@ -263,37 +201,6 @@ class RadialTruth(Truth):
         value, _ = self._problem.value_and_slope(np.zeros(1), 0.0)
         return -float(value[0])
 
-    def optimal_cost(self, n_steps: Steps = None, scheme: str = EULER) -> float:
-        if n_steps is not None:
-            raise NotExactError(NO_OPTIMUM)
-        return -self.log_normalizer()
-
-    def control_error(
-        self, theta: Any, n_steps: Steps = None, scheme: str = EULER
-    ) -> float:
-        if n_steps is not None:
-            raise NotExactError(NO_OPTIMUM)
-        return self._control_error(self._problem.theta(theta))
-
-    def _control_error(self, theta: Array) -> float:
-        excess = self.objective(theta) - self.optimal_cost()
-        return float(np.sqrt(2.0 * max(excess, 0.0)))
-
-    def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
-        raise NotExactError(NO_OPTIMUM)
-
-    def policy_chain(
-        self,
-        theta: Any,
-        n_steps: Steps = None,
-        scheme: str = EULER,
-        noisy: Array | None = None,
-    ) -> PolicyChain:
-        raise NotExactError(
-            "a cost that is not quadratic has no exact parts of a gradient"
-        )
-
-    # ---- functions of state and time ------------------------------------------------
     def value(self, x: Array, t: float) -> Array:
         states, time = self._at(x, t)
         return self._problem.value_and_slope(np.sum(states**2, axis=-1), time)[0]
@@ -313,25 +220,6 @@ class RadialTruth(Truth):
 
         problem = self._problem
         if as_time(t, problem.time_span) == 0.0:
-            raise NotExactError("X_0 is a point: it has no density")
+            return self._no_law(t)
         covariance = problem.sigma**2 * t * np.eye(problem.dim)
         return GaussianMixture.normal(np.zeros(problem.dim), covariance)
-
-    def tilted_marginal(self, t: float) -> GaussianMixture:
-        if as_time(t, self._problem.time_span) == 0.0:
-            raise NotExactError("X_0 is a point: it has no density")
-        raise NotExactError("the law under u* is not a mixture of Gaussians")
-
-    # ---- bounds ---------------------------------------------------------------------
-    def error_bound(self, quantity: str, theta: Any = None) -> float:
-        if quantity in ("value", "log_normalizer", "optimal_cost"):
-            return ROUNDING * (1.0 + abs(self.log_normalizer()))
-        theta = self._problem.theta("optimum" if theta is None else theta)
-        fine, coarse = (self._answers(theta, None, level) for level in (0, 1))
-        bounds = np.abs(fine - coarse) + ROUNDING * (1.0 + np.max(np.abs(fine)))
-        if quantity == "control_error":
-            bound = 2.0 * (float(bounds[0]) + self.error_bound("optimal_cost"))
-            size = self._control_error(theta)
-            return min(bound / size, np.sqrt(bound)) if size else float(np.sqrt(bound))
-        part = getattr(RadialAnswers.unstacked(bounds), quantity)
-        return float(np.linalg.norm(part))

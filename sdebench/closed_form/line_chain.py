@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from sdebench.closed_form.line_diffusion import LineAnswers
+from sdebench.closed_form.grid_chain import PolicyAnswers
 from sdebench.errors import NumericalError
 from sdebench.simulate.tables import SeparableTables, noise_mask
 
@@ -137,7 +137,7 @@ class LineChain:
         """Return values (n, ...) at X_0 = 0."""
         return values[len(self.points) // 2]
 
-    def policy(self) -> LineAnswers:
+    def policy(self) -> PolicyAnswers:
         """Return the answers for the tables' control."""
         reward, slope = self.reward
         count = len(self.tables.gain_derivative)
@@ -159,12 +159,12 @@ class LineChain:
             matching = parts[5] + (w + step.noise * carried)[:, None] * phi
             cost, only = 0.5 * w**2 + parts[0][:, 0], parts[1][:, 0]
             adjoint = self.mean_slope(n) * carried
-        return LineAnswers(
-            float(self.at_start(cost)),
-            float(self.at_start(only)),
-            self.at_start(gradient),
-            self.at_start(only_gradient),
-            self.at_start(matching),
+        return PolicyAnswers(
+            objective=float(self.at_start(cost)),
+            reward_only_objective=float(self.at_start(only)),
+            gradient=self.at_start(gradient),
+            reward_only_gradient=self.at_start(only_gradient),
+            matching_gradient=self.at_start(matching),
         )
 
     def log_normalizer(self) -> float:

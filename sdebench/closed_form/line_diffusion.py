@@ -29,12 +29,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import polynomial
 from numpy.typing import NDArray
 
+from sdebench.closed_form.grid_chain import PolicyAnswers
 from sdebench.errors import NumericalError, ParameterError
 
 Array = NDArray[np.float64]
@@ -45,34 +46,11 @@ LEVELS = FINE, COARSE = (1.0, 1.0), (0.87, 0.95)
 """Density of the points and length of the interval, of the answer and its check."""
 DENSITY = 1.5
 """Points per half wave of the fastest motion, sqrt(2 E) with E the potential of H."""
-ROUNDING = 4e-14
 
 
 def evaluate(coefficients: NDArray[Any], x: Array) -> Array:
     """Return the polynomial with these coefficients, lowest first, at x."""
     return np.asarray(polynomial.polyval(x, coefficients))
-
-
-class LineAnswers(NamedTuple):
-    """Answers for one control."""
-
-    objective: float
-    reward_only_objective: float
-    gradient: Array
-    reward_only_gradient: Array
-    matching_gradient: Array
-
-    def stacked(self) -> Array:
-        """Return all numbers in one array."""
-        return np.concatenate(
-            [np.array(self[:2]), *(np.asarray(part) for part in self[2:])]
-        )
-
-    @classmethod
-    def unstacked(cls, numbers: Array) -> LineAnswers:
-        """Return the answers that `stacked` was made of."""
-        one, two, three = np.split(numbers[2:], 3)
-        return cls(float(numbers[0]), float(numbers[1]), one, two, three)
 
 
 def exponential_integral(rate: Array, other: Array, time: float) -> Array:
@@ -170,7 +148,7 @@ class LineDiffusion:
             return self.force
         return np.asarray(polynomial.polyadd(self.force, theta @ self.features))
 
-    def policy(self, theta: Array, resolution: tuple[float, float]) -> LineAnswers:
+    def policy(self, theta: Array, resolution: tuple[float, float]) -> PolicyAnswers:
         """Return the answers for a control on one grid."""
         motion = Motion(self.drift(theta), resolution)
         rates, vectors = motion.modes
@@ -203,22 +181,20 @@ class LineDiffusion:
             reward_only.append(reward)
             gradient.append(direct + reward + rest)
             matching.append(direct + float(np.sum(push * across, axis=0) @ adjoint))
-        return LineAnswers(
-            objective,
-            final,
-            np.array(gradient),
-            np.array(reward_only),
-            np.array(matching),
+        return PolicyAnswers(
+            objective=objective,
+            reward_only_objective=final,
+            gradient=np.array(gradient),
+            reward_only_gradient=np.array(reward_only),
+            matching_gradient=np.array(matching),
         )
 
     def _spent(self, rates: Array, passed: Array, both: Array) -> Array:
         """Return int_0^T exp(-rate_j t) (1 - exp(-rate_k (T - t))) / rate_k dt."""
+        # the constant mode, of rate zero, has no slope to multiply this
         slow = np.abs(rates) * self.horizon < 1e-8
         safe = np.where(slow, 1.0, rates)
-        limit = (self.horizon - passed) / safe
-        limit = np.where(slow, 0.5 * self.horizon**2, limit)
-        general = (passed[:, None] - both) / safe
-        return np.where(slow, limit[:, None], general)
+        return np.where(slow, 0.0, (passed[:, None] - both) / safe)
 
     def log_h(self, resolution: tuple[float, float]) -> float:
         """Return log E exp(-g(X_T)) under the base process."""

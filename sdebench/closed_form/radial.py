@@ -25,13 +25,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
 from sdebench.closed_form.collocation import N_NODES, gauss_rule
+from sdebench.closed_form.grid_chain import PolicyAnswers
 
 Array = NDArray[np.float64]
 Function = Callable[[Array, Array], Array]
@@ -64,26 +64,6 @@ def chi_square(dim: int, density: float = 1.0) -> tuple[Array, Array]:
     y = np.linspace(low, high, int(np.ceil((high - low) / spacing)) + 1)
     logs = log_density(y) - half * np.log(2.0) - gammaln(half)
     return np.exp(y), (y[1] - y[0]) * np.exp(logs)
-
-
-class RadialAnswers(NamedTuple):
-    """Answers for one control."""
-
-    objective: float
-    reward_only_objective: float
-    gradient: Array
-    reward_only_gradient: Array
-    matching_gradient: Array
-
-    def stacked(self) -> Array:
-        """Return all numbers in one array."""
-        return np.concatenate([np.array(self[:2]), *self[2:]])
-
-    @classmethod
-    def unstacked(cls, numbers: Array) -> RadialAnswers:
-        """Return the answers that `stacked` was made of."""
-        one, two, three = np.split(numbers[2:], 3)
-        return cls(float(numbers[0]), float(numbers[1]), one, two, three)
 
 
 @dataclass(frozen=True)
@@ -120,7 +100,7 @@ class RadialProcess:
         value, derivative = self._means(pair, np.array([c]), np.zeros(1), density)
         return float(value[0]), float(derivative[0])
 
-    def policy(self, theta: Array, n_panels: int, density: float) -> RadialAnswers:
+    def policy(self, theta: Array, n_panels: int, density: float) -> PolicyAnswers:
         """Return the answers in continuous time, by Gauss rules on panels."""
         nodes, weights, matrix = gauss_rule(N_NODES)
         width = self.horizon / n_panels
@@ -154,12 +134,12 @@ class RadialProcess:
 
         direct = k * self.dim * c
         objective = final + float(np.sum((energy * c + f) @ at))
-        return RadialAnswers(
-            objective,
-            final,
-            total_of(direct - 2.0 * sigma * c * full),
-            total_of(-2.0 * sigma * c * alone),
-            total_of(direct - 2.0 * sigma * c * lean),
+        return PolicyAnswers(
+            objective=objective,
+            reward_only_objective=final,
+            gradient=total_of(direct - 2.0 * sigma * c * full),
+            reward_only_gradient=total_of(-2.0 * sigma * c * alone),
+            matching_gradient=total_of(direct - 2.0 * sigma * c * lean),
         )
 
     @staticmethod
@@ -177,7 +157,7 @@ class RadialProcess:
         total = width * float(np.sum(values @ weights))
         return np.asarray(total - cls._forward(values, width))
 
-    def chain(self, theta: Array, times: Array, density: float) -> RadialAnswers:
+    def chain(self, theta: Array, times: Array, density: float) -> PolicyAnswers:
         """Return the answers of the Euler-Maruyama chain."""
         h, sigma = np.diff(times), self.noise_level
         rho = self.profiles(times[:-1])  # (N, P)
@@ -201,12 +181,12 @@ class RadialProcess:
         direct = k * self.dim * c[:-1]
         objective = final + float(h @ (0.5 * k**2 * self.dim * c[:-1] + f))
         weighted = h[:, None] * rho
-        return RadialAnswers(
-            objective,
-            final,
-            (direct - moved * full) @ weighted,
-            (-moved * alone) @ weighted,
-            (direct - moved * lean) @ weighted,
+        return PolicyAnswers(
+            objective=objective,
+            reward_only_objective=final,
+            gradient=(direct - moved * full) @ weighted,
+            reward_only_gradient=(-moved * alone) @ weighted,
+            matching_gradient=(direct - moved * lean) @ weighted,
         )
 
 

@@ -66,7 +66,8 @@ _MARKERS = {
     "pinned start": "^",
     "linear, quartic reward": "v",
     "certified reference": "X",
-    "linear, radial cost": "p",
+    "linear, radial cost": "h",
+    "polynomial diffusion": "p",
 }
 _OTHER_MARKER = "P"
 _ESTIMAND_TEXT = {

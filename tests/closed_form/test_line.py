@@ -7,11 +7,11 @@ import pytest
 import scipy.linalg
 
 import sdebench
+from sdebench.certified_truth import ROUNDING
 from sdebench.closed_form import line_chain, line_diffusion
 from sdebench.closed_form.affine_chain import AffineChain
 from sdebench.closed_form.line_chain import LineChain
 from sdebench.closed_form.line_diffusion import (
-    LineAnswers,
     LineDiffusion,
     Motion,
     Value,
@@ -103,7 +103,7 @@ def test_bounds_cover_a_finer_grid():
             process.policy(theta, grid).stacked()
             for grid in (line_diffusion.FINE, line_diffusion.COARSE, (1.4, 1.1))
         ]
-        bound = np.abs(every[0] - every[1]) + line_diffusion.ROUNDING * 10
+        bound = np.abs(every[0] - every[1]) + ROUNDING * 10
         assert np.all(np.abs(every[0] - every[2]) <= bound)
         assert np.max(bound) < 1e-11
 
@@ -134,8 +134,6 @@ def test_building_blocks():
     s = np.array([-1.3, 0.0, 2.0, 3.25, 8.0, 7.999999999])
     wanted = np.sinc(s[:, None] - np.arange(9)) @ values
     np.testing.assert_allclose(sinc_sums(s, values), wanted, atol=1e-12)
-    numbers = np.arange(8.0)
-    np.testing.assert_array_equal(LineAnswers.unstacked(numbers).stacked(), numbers)
 
 
 # ---- chains --------------------------------------------------------------------------
@@ -252,9 +250,8 @@ def test_double_well_chain_against_splines():
 def test_chain_tends_to_continuous_time_at_order_one():
     problem = sdebench.problem("double_well:dim=1")
     theta = np.array([-2.0, 2.5])
-    exact = LineAnswers.stacked(
-        LineDiffusion(*problem.kinds[0][:3], 1.0).policy(theta, line_diffusion.FINE)
-    )
+    line = LineDiffusion(*problem.kinds[0][:3], 1.0)
+    exact = line.policy(theta, line_diffusion.FINE).stacked()
     gaps = [chain_of(n, theta).policy().stacked() - exact for n in (100, 200, 400)]
     # the ratio's distance from 2 halves with the step as well
     np.testing.assert_allclose(gaps[0] / gaps[1], 2.0, rtol=0.08)

@@ -10,7 +10,6 @@ from scipy.stats import chi2
 
 from sdebench.closed_form.affine_chain import AffineChain
 from sdebench.closed_form.radial import (
-    RadialAnswers,
     RadialProcess,
     chi_square,
     log_mean_reciprocal,
@@ -182,8 +181,3 @@ def test_quadratic_chain_against_the_affine_one():
     # mutation: profiles at the ends of the steps
     late = one.chain(np.array([0.4 - 0.1, -0.3]), times, 1.0)
     assert abs(late.objective - found.objective) > 1e-3
-
-
-def test_stacked_answers():
-    numbers = np.arange(8.0)
-    np.testing.assert_array_equal(RadialAnswers.unstacked(numbers).stacked(), numbers)

@@ -141,7 +141,7 @@ def test_refusals():
     far = np.full(10, 3.9)
     with pytest.raises(ParameterError, match="outside the reference"):
         truth.value(far, 0.5)
-    with pytest.raises(NotExactError, match="nonlinear"):
+    with pytest.raises(NotExactError, match="not a mixture"):
         truth.tilted_marginal(0.5)
     with pytest.raises(NotApplicableError, match="probability flow"):
         DEFAULT.tables(None, DEFAULT.time_grid(3), noisy=np.zeros(3))
