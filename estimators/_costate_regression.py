@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MOST = 5
 """Largest degree."""
+PATHS_PER_FEATURE = 3
+"""With fewer the fits of all steps together run away."""
 RIDGE = 1e-12
 """Of the Gram matrix of standardized features."""
 CONSTANT = 1e-12
@@ -46,11 +48,12 @@ def n_features(dim: int, degree: int) -> int:
 def too_few_paths(degree: int, sizes: Sizes) -> str | None:
     """Return why a regression on the monomials is impossible, or None."""
     count = n_features(sizes.dim, degree)
-    if sizes.n_paths > count:
+    if sizes.n_paths >= PATHS_PER_FEATURE * count:
         return None
     return (
         f"the regression on {count} features (degree {degree}, dimension {sizes.dim}) "
-        f"needs more paths than features; n_paths = {sizes.n_paths}"
+        f"needs at least {PATHS_PER_FEATURE} paths per feature; n_paths = "
+        f"{sizes.n_paths}"
     )
 
 
