@@ -380,7 +380,8 @@ def _changed_input(
     )
     worker: Any = make_worker(problem, [estimator], settings)
     tables, _, used = make_tables(problem, estimator, settings)
-    clean = NumbaWorker(tables, [], replace(settings, theta=used))
+    clean = NumbaWorker(tables, [estimator], replace(settings, theta=used))
+    clean.serve([])  # blocks as large as the estimator's
     count = min(settings.n_paths, worker.size)
     worker.block(0, 0, count)
     clean.block(0, 0, count)

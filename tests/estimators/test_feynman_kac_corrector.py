@@ -16,6 +16,7 @@ from sdebench.errors import ParameterError, UnknownNameError
 from sdebench.measure import measure
 from sdebench.measure.cell import make_request, refusal
 from sdebench.measure.intervals import t_quantile
+from sdebench.validate.contract import kernel_check
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -86,6 +87,12 @@ def test_backends_agree_path_by_path(spec):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-9)
         plain = corrector(**options | {"threshold": 1e-9})
         assert np.ptp(ours - make_rows(problem, plain, settings, 3)) > 0.1
+
+
+def test_kernels_of_large_groups_pass_the_contract():
+    """Their blocks are longer than the usual ones."""
+    check = kernel_check(corrector(), registry.problem("gaussian_tilt"), "float64")
+    assert (check.status, check.message) == ("passed", "")
 
 
 # ---- unbiased with few particles -------------------------------------------------
