@@ -219,7 +219,9 @@ class Bennett(Estimator):
 
     @property
     def declared_bias(self) -> str:
-        return "1/n_paths"
+        # of order 1/n_paths, but all paths of a replicate make one number, from which
+        # that of fewer paths cannot be told
+        return "any"
 
     @property
     def kernel_options(self) -> tuple[int | float, ...]:
