@@ -24,9 +24,9 @@ from sdebench.composite import CompositeEstimator, Runner
 from sdebench.errors import unknown
 from sdebench.estimator import Array
 from sdebench.estimators._off_policy import OffPolicyScores
+from sdebench.estimators._proposals import PROPOSALS
 from sdebench.estimators._scores import Scores
 from sdebench.estimators._tilted_weights import log_weight, normalized, weighted
-from sdebench.estimators.path_importance_sampling import PROPOSALS
 
 
 @dataclass(frozen=True, kw_only=True)

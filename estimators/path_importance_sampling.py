@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdebench.errors import unknown
 from sdebench.estimator import Estimator
+from sdebench.estimators._proposals import PROPOSALS
 from sdebench.simulate.tile import lanes, load, path_kernel, store
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ def block_kernel(
         a = load(totals, 3, p) - load(totals, 1, p)
         b = load(totals, 2, p) + load(totals, 0, p)
         store(OUT, 0, p, a - b)
-
-
-PROPOSALS = {"zero": "none", "given": "theta", "optimal": "optimal"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,8 +47,8 @@ from sdebench.composite import CompositeEstimator, Runner
 from sdebench.errors import ParameterError, unknown
 from sdebench.estimator import Array
 from sdebench.estimators._matching_labels import MatchingLabels
+from sdebench.estimators._proposals import PROPOSALS
 from sdebench.estimators._tilted_weights import log_weight, normalized, weighted
-from sdebench.estimators.path_importance_sampling import PROPOSALS
 
 if TYPE_CHECKING:
     from sdebench.closed_form.affine_chain import PolicyChain

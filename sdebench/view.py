@@ -50,12 +50,15 @@ COUNTERS = (
     "density_evaluations",
     "noise_draws",
 )
-NEEDS = {
+DERIVATIVES = {
     "drift_vjp": "derivatives of the base drift",
     "control_vjp": "derivatives of the control in the state",
     "control_parameter_vjp": "derivatives of the control in theta",
     "running_cost_gradient": "the gradient of the running cost",
     "reward_gradient": "the gradient of the reward",
+}
+"""Derivatives that an estimator may need, which every problem has."""
+NEEDS = DERIVATIVES | {
     "base_density": "the density of the base process, or its score",
     "tilted_samples": "exact samples of the tilted law",
 }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sdebench.estimator import Estimator
-from sdebench.view import NEEDS
+from sdebench.view import DERIVATIVES
 
 
 class TorchOnly(Estimator):
@@ -33,7 +33,7 @@ class TorchOnly(Estimator):
 class Adjoint(TorchOnly):
     """The pathwise derivative, correct unless a method below is overridden."""
 
-    needs: ClassVar[frozenset[str]] = frozenset(NEEDS)
+    needs: ClassVar[frozenset[str]] = frozenset(DERIVATIVES)
 
     reward_sign = 1.0
     control_weight = 1.0

@@ -38,8 +38,8 @@ def problems_with(condition):
 
 
 def slow_truth(problem):
-    """Whether answers in continuous time take seconds: limits of grids."""
-    return isinstance(problem, GridProblem)
+    """Whether answers in continuous time take seconds: grids, fine quadratures."""
+    return isinstance(problem, GridProblem) or problem.name == "forty_modes"
 
 
 def flows(problem):
@@ -53,12 +53,20 @@ def flows(problem):
 
 
 def has_reward_only_gradient(problem):
-    # A cheaper answer of the same kind, where limits take long.
-    n_steps = 7 if slow_truth(problem) else None
-    return has(problem, lambda q: q.truth.reward_only_gradient("halfway", n_steps))
+    # Known, where the answer takes seconds.
+    return slow_truth(problem) or has(
+        problem, lambda q: q.truth.reward_only_gradient("halfway")
+    )
 
 
-exact_reward = problems_with(has_reward_only_gradient)
+exact_reward = pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(p, id=p.label, marks=pytest.mark.slow if slow_truth(p) else ())
+        for p in PROBLEMS
+        if has_reward_only_gradient(p)
+    ],
+)
 exact_chain = problems_with(
     lambda p: has(p, lambda q: q.truth.policy_chain("halfway", 3))
 )

@@ -63,7 +63,15 @@ def test_hjb_equation(problem):
     checks.check_terminal_condition(problem)
 
 
-@every_problem
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(
+            p, id=p.label, marks=pytest.mark.slow if p.name == "forty_modes" else ()
+        )
+        for p in PROBLEMS
+    ],
+)
 def test_second_route(problem):
     if isinstance(problem, LinearProblem):
         checks.check_linear_by_ode(problem)

@@ -351,8 +351,10 @@ class LeanAdjointBound(Claim):
                     "schedule": row.schedule,
                     "m": plain(row.m),
                     "peak of f": f"{plain(row.peak, 4)} at t = {row.peak_time:.2f}",
-                    "largest |a| over the bound": plain(row.largest, 4),
-                    f"exceeded by {100 * (1 - TAIL):g} % of paths": plain(row.tail, 4),
+                    "largest |a| over the bound": plain(round(row.largest, 9), 4),
+                    f"exceeded by {100 * (1 - TAIL):g} % of paths": plain(
+                        round(row.tail, 9), 4
+                    ),
                     "paths above the bound": interval(*interval_of(row), "%"),
                 }
                 for row in records(evidence[evidence["part"] == "paths"])

@@ -171,6 +171,8 @@ def test_wide_intervals_decide_nothing(name):
     measured = evidence["value"].notna()
     evidence.loc[measured, "low"] = 1e-9 * evidence["value"].abs()[measured] + 1e-12
     evidence.loc[measured, "high"] = 1e6 + evidence["value"][measured]
+    negative = measured & (evidence["value"] < 0.0)
+    evidence.loc[negative, "low"] = evidence["value"][negative] - 1e6
     assert claims.claim(name).decide(evidence).verdict == "undecided"
 
 

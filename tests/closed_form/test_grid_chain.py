@@ -283,6 +283,7 @@ def test_other_parameters_have_their_own_optimum():
     assert np.linalg.norm(truth.gradient("optimum")) < 1e-4 * scale
 
 
+@pytest.mark.slow
 def test_n_step_answers_by_simulation():
     """J_N, gradient and log Z_N by plain Monte Carlo at 20 steps.
 

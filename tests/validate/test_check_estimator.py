@@ -21,7 +21,7 @@ import sdebench
 from sdebench.errors import NotApplicableError, SDEBenchError, UnknownNameError
 from sdebench.validate import check_estimator
 from sdebench.validate.estimator import CHECK_NAMES
-from sdebench.view import NEEDS
+from sdebench.view import DERIVATIVES
 
 SMALL = ("brownian_linear", "damped_oscillator")
 QUICK = {"paths": 0.125, "time_limit": None, "on_fail": "report"}
@@ -344,7 +344,7 @@ def test_an_estimator_that_refuses_a_problem_is_not_judged_there():
 class ByAutomaticDifferentiation(TorchOnly):
     """The example in the docstring of `sdebench.view`."""
 
-    needs = frozenset(NEEDS)
+    needs = frozenset(DERIVATIVES)
 
     def statistics(self, view):
         states = []
