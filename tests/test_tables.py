@@ -13,9 +13,8 @@ from sdebench.linear_problem import LinearProblem
 from sdebench.simulate.tables import LinearTables, SeparableTables, SineTables
 from sdebench.tilting_problem import TiltingProblem
 
-every_problem = pytest.mark.parametrize(
-    "problem", checks.all_problems(), ids=lambda p: p.label
-)
+PROBLEMS = checks.all_problems()
+every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.label)
 
 
 def with_scheme(problem, scheme):
@@ -47,7 +46,15 @@ def test_exponential_steps_compose(problem):
     checks.check_exponential_scheme(problem)
 
 
-@every_problem
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(
+            p, id=p.label, marks=() if p.family_holds_optimum else pytest.mark.slow
+        )
+        for p in PROBLEMS
+    ],
+)
 def test_optimum_of_the_tables_is_the_optimal_control(problem):
     """At theta* the tables hold sqrt(h) u*, whatever the family calls it.
 

@@ -146,6 +146,7 @@ def test_the_verdict_needs_all_checks(outcomes, verdict):
     assert claim.decide(claim.experiment(0, no_progress)).verdict == verdict
 
 
+@pytest.mark.slow
 def test_the_distance_covers_at_its_level():
     """Of 300 intervals for a distance of zero at level 99.9 % at most 4 miss.
 

@@ -310,6 +310,7 @@ def test_n_step_answers_by_simulation():
     assert np.max(np.abs(z)) > 4.8
 
 
+@pytest.mark.slow
 def test_discrete_optimum():
     """u*_N costs J*_N when simulated, more than -log Z_N and less than theta*."""
     truth = PENDULUM.truth

@@ -133,7 +133,9 @@ def test_lengths_are_uniform_and_of_their_own():
         assert not np.any(view.noise(n).numpy() == view.noise(7).numpy())
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("spec", ["damped_oscillator", "ou_quadratic_easy:dim=3"])
 def test_the_kernels_draw_the_same_lengths(spec, dtype):
     """Own normals of a block that does not begin at path 0, dim not dividing 4."""

@@ -226,7 +226,9 @@ def test_verdicts_on_a_gaussian_problem():
     assert row["p_value"] < FALSE_ALARM
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "spec", ["gaussian_tilt:dim=2", "two_modes:start=marginal", "four_modes"]
 )

@@ -251,7 +251,14 @@ def p_value(estimates, exact):
     return bias_test(estimates.mean(0), exact, covariance, len(estimates)).p_value
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(o, marks=pytest.mark.slow if i > 3 else ())
+        for i, o in enumerate(OPTIONS)
+    ],
+    ids=str,
+)
 def test_unbiased_for_the_smoothed_gradient(options):
     """By quadrature of the exact objective; factors of the gradient would show."""
     problem, n_steps = registry.problem("gaussian_tilt"), 4

@@ -376,6 +376,7 @@ def test_backends_agree_path_by_path(problem, spec, n_steps):
     assert np.all(np.abs(ours - theirs) <= 1e-11 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["pathwise", "reinforce", SPECS[1]])
 def test_backends_agree_in_single_precision(spec):
     ours = statistics(SKEWED, spec, "numba", "float32")

@@ -483,7 +483,9 @@ def all_primitives(prepared, work, n, X, V, A, Z, B, ROWS, STATES, GRADIENTS):
     primitives.control_parameter_vjp(prepared, work, n, X, V, GRADIENTS, P, B)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("family", "options"), CASES, ids=IDS)
 def test_primitives(family, options, dtype):
     tables = make(family, **options)
@@ -525,7 +527,9 @@ def test_primitives(family, options, dtype):
     close(gradients[:, :B], expected_gradients, dtype)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("family", "options"), CASES, ids=IDS)
 def test_forward(family, options, dtype):
     tables = make(family, **options)
