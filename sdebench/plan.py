@@ -19,10 +19,12 @@ from sdebench.errors import ParameterError, SDEBenchError, unknown
 if TYPE_CHECKING:
     from sdebench.problem import Problem
 
-# The size of the quick suite: two minutes warm on two cores.
+# The size of the quick suite.
 QUICK_POINTS = ("halfway", "optimum")
 QUICK_PATHS = 256
 QUICK_REPLICATES = 128
+QUICK_WORK, LEAST_REPLICATES = 10**8, 16
+"""States' coordinates that a quick cell simulates, and the replicates it has anyway."""
 QUICK_TORCH_REPLICATES = 16  # 256 paths are few for torch: its overhead decides
 QUICK_LADDER = (0.25, 0.5, 1.0, 2.0)
 
@@ -147,6 +149,11 @@ def _is_default(spec: str, thing: Any) -> bool:
     return bool(thing == registry.estimator(spec.partition(":")[0]))
 
 
+def _affordable(n_steps: int, dim: int) -> int:
+    """Return the replicates of the quick suite that `QUICK_WORK` allows."""
+    return max(LEAST_REPLICATES, QUICK_WORK // (n_steps * dim * QUICK_PATHS))
+
+
 def _quick(seed: int) -> Iterator[Cell]:
     entries = list(_entries("estimator"))
     every = [spec for spec, _ in entries]
@@ -164,11 +171,16 @@ def _quick(seed: int) -> Iterator[Cell]:
         for estimator in every if new_family else defaults:
 
             def cell(
-                point: str, n_steps: int, _e: str = estimator, _p: str = spec, **o: str
+                point: str,
+                n_steps: int,
+                _e: str = estimator,
+                _p: str = spec,
+                _d: int = problem.dim,
+                **o: str,
             ) -> Cell:
                 torch = o.get("backend") == "torch"
                 count = QUICK_TORCH_REPLICATES if torch else QUICK_REPLICATES
-                size = QUICK_PATHS, count
+                size = QUICK_PATHS, min(count, _affordable(n_steps, _d))
                 return Cell(_p, _e, point, n_steps, *size, seed=seed, **o)  # type: ignore[arg-type]
 
             whole = new_name and estimator in defaults
