@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,7 @@ from sdebench.measure.tails import tail_index
 from sdebench.measure.workers import Settings, count_evaluations, shared_paths
 from sdebench.problem import EULER, Problem, check_scheme
 from sdebench.provenance import provenance
-from sdebench.simulate.tables import has_density
+from sdebench.simulate.tables import Tables, has_density, noise_is_invertible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,6 +114,11 @@ class Request:
     target: float | None
     budget: float | None
     threads: int
+
+    @cached_property
+    def base_tables(self) -> Tables:
+        """The tables of the base process; made once for all estimators."""
+        return self.problem.tables(None, self.times, self.scheme)
 
 
 def _positive(name: str, value: int, least: int) -> int:
@@ -270,33 +276,29 @@ def refusal(request: Request, estimator: Estimator) -> str | None:
 
 def _unmet_need(request: Request, estimator: Estimator) -> str | None:
     """Return what the estimator needs of the process and does not find, or None."""
-    problem, grid = request.problem, (request.times, request.scheme)
     noisy = estimator.noisy_steps(len(request.times) - 1)
     if noisy is not None:
-        problem.tables(None, *grid, noisy)
-    if estimator.needs_denoiser and not len(problem.tables(None, *grid).denoiser):
+        request.problem.tables(None, request.times, request.scheme, noisy)
+    if estimator.needs_denoiser and not len(request.base_tables.denoiser):
         return (
             "it needs the denoised prediction E[X_T | X_t], which only memoryless "
             f"denoising problems with scheme {EULER} give in closed form"
         )
-    if "base_density" in estimator.needs and not has_density(
-        problem.tables(None, *grid)
-    ):
+    if "base_density" in estimator.needs and not has_density(request.base_tables):
         return (
             "it needs the density of the base process, which only denoising problems "
             "with a random start have in closed form"
         )
-    if estimator.needs_invertible_noise:
-        noise = problem.tables(None, *grid).noise
-        matrices = noise if noise.ndim == 3 else noise[:, None, None]
-        if np.any(np.linalg.matrix_rank(matrices) < matrices.shape[-1]):
-            return (
-                "it divides by the noise of a step, and the noise of this problem does "
-                "not reach every direction"
-            )
+    if estimator.needs_invertible_noise and not noise_is_invertible(
+        request.base_tables
+    ):
+        return (
+            "it divides by the noise of a step, and the noise of this problem does "
+            "not reach every direction"
+        )
     if type(estimator).not_applicable_on is Estimator.not_applicable_on:
         return None
-    return estimator.not_applicable_on(problem.tables(None, *grid), request.times)
+    return estimator.not_applicable_on(request.base_tables, request.times)
 
 
 @contextmanager

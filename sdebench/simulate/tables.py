@@ -176,14 +176,14 @@ class SeparableTables(NamedTuple):
     gain: Array  # (N, d, J)  K_n
     gain_derivative: Array  # (P, N, d, J) E_{p,n}
     running: Array  # (N, d, J) F_n, the step length inside; (N, 0, 0) for none
-    reward: Array  # (d, J)     q; (0, 0) for none
-    reward_factor: Array  # (d, J)     p, each polynomial positive; (0, 0) for none
-    reward_log: Array  # (1,)   c
-    reward_wave: Array  # (1,)   a
-    wave_power: Array  # (1,)   b
-    wave: Array  # (N, 4), or (0, 4) for none
     start_mean: Array  # (d,)   m_0
     start_factor: Array  # (d, d) L_0; zero for a fixed start
+    reward: Array = np.zeros((0, 0))  # (d, J)     q; (0, 0) for none
+    reward_factor: Array = np.zeros((0, 0))  # (d, J) p, each positive; or (0, 0)
+    reward_log: Array = np.zeros(1)  # (1,)   c
+    reward_wave: Array = np.zeros(1)  # (1,)   a
+    wave_power: Array = np.zeros(1)  # (1,)   b
+    wave: Array = np.zeros((0, 4))  # (N, 4), or (0, 4) for none
     noisy: Array = np.zeros(0)  # (N,) or empty
     denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
 
@@ -200,6 +200,14 @@ def noise_mask(tables: Tables) -> Array:
     """Return 1 for the steps with noise and 0 for the others, (N,)."""
     n_steps = len(tables.offset)
     return tables.noisy if len(tables.noisy) else np.ones(n_steps)
+
+
+def noise_is_invertible(tables: Tables) -> bool:
+    """Return whether the noise of every step reaches every direction."""
+    noise = tables.noise
+    if isinstance(tables, LinearTables | SineTables):
+        return bool(np.all(np.linalg.matrix_rank(noise) == noise.shape[-1]))
+    return bool(np.all(noise != 0.0))
 
 
 def has_density(tables: Tables) -> bool:
