@@ -90,11 +90,11 @@ class HiddenLayer:
         size = ((rows @ matrix.double()) * rows).sum(1)
         return (-2.0 * hidden * (1.0 - hidden**2) * size) @ self.outer.T
 
-    def divergence(self, x: Tensor) -> Tensor:
-        """Return div f(x), (n,)."""
+    def divergence(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Return sum_i weights_i df_i/dx_i at x, (n,); weights (d,)."""
         slope = 1.0 - self._hidden(x) ** 2
         rows = self.weight / self.scale
-        return slope @ (rows * self.outer.T).sum(1)
+        return slope @ (rows * self.outer.T) @ weights
 
 
 @dataclass
@@ -161,16 +161,9 @@ class NetworkScore:
 
         def loss(network: HiddenLayer) -> Tensor:
             # times the variances, so that coordinates count alike
-            own = network(x)
-            energy = (scale**2 * (0.5 * own + affine) * own).sum(1)
-            weighted = HiddenLayer(
-                network.mean,
-                network.scale,
-                network.weight,
-                network.bias,
-                network.outer * (scale**2)[:, None],
-            )
-            total: Tensor = (energy + weighted.divergence(x)).mean()
+            own, weights = network(x), scale**2
+            energy = ((0.5 * own + affine) * own) @ weights
+            total: Tensor = (energy + network.divergence(x, weights)).mean()
             return total
 
         return cls(slope, offset, start.trained(loss))

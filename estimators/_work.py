@@ -21,36 +21,35 @@ lambda_0 = 0 and lambda_N = 1 on every grid.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from sdebench.errors import unknown
+from sdebench.estimator import Array, Estimator
 from sdebench.simulate import primitives
 from sdebench.simulate.tables import MixtureTables, Tables, starts_from_density
-from sdebench.simulate.tile import block_loop, glue, lanes, load, store
+from sdebench.simulate.tile import (
+    block_loop,
+    clear,
+    combine,
+    glue,
+    lanes,
+    load,
+    store,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sdebench.estimator import Array
+    from sdebench.view import View
 
 ANNEALING = {"linear": 1, "quadratic": 2, "cubic": 3}
 """Exponents of the level lambda in the share of steps done."""
 BACKWARD = ("matched", "noising")
 """Variances of the backward kernels."""
-
-
-def check_annealing(annealing: str) -> None:
-    """Raise for an unknown ``annealing`` option."""
-    if annealing not in ANNEALING:
-        raise unknown("annealing", annealing, ANNEALING)
-
-
-def check_backward(backward: str) -> None:
-    """Raise for an unknown ``backward`` option."""
-    if backward not in BACKWARD:
-        raise unknown("backward", backward, BACKWARD)
 
 
 def levels(n_steps: int, power: int) -> Array:
@@ -226,3 +225,102 @@ def add_row(a, ROWS, row, OUT, B):  # type: ignore[no-untyped-def]
     """OUT[0] += a ROWS[row]."""
     for p in range(0, B, lanes(OUT)):
         store(OUT, 0, p, load(OUT, 0, p) + a * load(ROWS, row, p))
+
+
+@glue
+def add_end(prepared, work, sign, n, reward, X, ROWS, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT[0] += sign (log p_n(x) + reward r(x))."""
+    primitives.base_log_density(prepared, work, n, X, ROWS, 0, B)
+    add_row(sign, ROWS, 0, OUT, B)
+    if reward:
+        primitives.reward(prepared, work, X, ROWS, 0, B)
+        add_row(sign, ROWS, 0, OUT, B)
+
+
+@glue
+def add_forward_weight(prepared, work, N, power, noising, START, Z, ROWS, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT[0] += log W of every path of the forward chain of N steps from START."""
+    A, NEXT, R = work.adjoint, work.adjoint_next, work.direction
+    combine(1.0, START, 0.0, START, A, B)
+    add_end(prepared, work, -1.0, 0, False, A, ROWS, OUT, B)
+    clear(R, B)
+    for n in range(N):
+        g = step_noise(prepared, n)
+        tilt = 0.5 * g * g * level(n, N, power)
+        forward_step(prepared, work, n, tilt, g, A, R, Z[n], NEXT, B)
+        primitives.reward_gradient(prepared, work, NEXT, R, B)
+        a, b = step_shrink(prepared, n, N), step_back(prepared, n, N, noising)
+        ours = level(n + 1, N, power)
+        add_kernel_ratio(g, a, b, ours, A, NEXT, R, Z[n], OUT, B)
+        A, NEXT = NEXT, A
+    add_end(prepared, work, 1.0, N, True, A, ROWS, OUT, B)
+
+
+# ---- what the estimators share --------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class WorkEstimator(Estimator):
+    """log Z from chains that follow rho_n; they are simulated from the base's noise."""
+
+    estimand: ClassVar[str] = "log_normalizer"
+    reduction: ClassVar[str] = "log_mean_exp"
+
+    annealing: str = "quadratic"
+
+    def __post_init__(self) -> None:
+        if self.annealing not in ANNEALING:
+            raise unknown("annealing", self.annealing, ANNEALING)
+
+    @property
+    def control(self) -> str:
+        return "none"
+
+    @property
+    def needs_denoiser(self) -> bool:
+        return True
+
+    @property
+    def power(self) -> int:
+        """The exponent of the level."""
+        return ANNEALING[self.annealing]
+
+    def n_statistics(self, n_params: int) -> int:
+        return 1
+
+    def not_applicable_on(self, tables: Tables, times: Array) -> str | None:
+        return not_a_path_of_densities(tables, self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRatioEstimator(WorkEstimator):
+    """log Z from ratios of backward and forward kernels, at any number of steps."""
+
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"backward": "matched"})
+
+    backward: str = "noising"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backward not in BACKWARD:
+            raise unknown("backward", self.backward, BACKWARD)
+
+    @property
+    def discretization_free(self) -> bool:
+        return True
+
+    @property
+    def kernel_options(self) -> tuple[int | float, ...]:
+        return self.power, self.backward == "noising"
+
+    def forward_weights(self, view: View) -> Tensor:
+        """Return log W of every path of the forward chain, (n,)."""
+        steps = steps_of(view.denoiser, self.power, self.backward)
+        x = view.start()
+        slope = x.new_zeros(x.shape)  # its level is zero
+        weight = -view.base_log_density(0, x)
+        for n in range(view.n_steps):
+            z, tilt = view.noise(n), 0.5 * steps.noise[n] ** 2 * steps.level[n]
+            after = view.base_mean(n, x) + tilt * slope + view.apply_noise(n, z)
+            slope = view.reward_gradient(after)
+            weight = weight + log_kernel_ratio(steps, n, x, after, slope, z)
+            x = after
+        return weight + view.base_log_density(view.n_steps, x) + view.reward(x)

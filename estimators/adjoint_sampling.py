@@ -125,8 +125,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     def other_control(self) -> str:
         return "theta"
 
-    @property
-    def own_normals(self) -> int:
+    def own_normals(self, n_steps: int) -> int:
         return 1
 
     def not_applicable_on(self, tables: Tables, times: Array) -> str | None:

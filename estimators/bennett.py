@@ -15,23 +15,18 @@ shows what an estimate from both directions can reach.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sdebench.estimator import Array, Estimator
 from sdebench.estimators._work import (
-    ANNEALING,
+    KernelRatioEstimator,
+    add_end,
+    add_forward_weight,
     add_kernel_ratio,
-    add_row,
-    check_annealing,
-    check_backward,
-    forward_step,
     level,
     log_kernel_ratio,
-    not_a_path_of_densities,
     step_back,
     step_noise,
     step_shrink,
@@ -39,7 +34,6 @@ from sdebench.estimators._work import (
     uniform,
 )
 from sdebench.simulate import primitives
-from sdebench.simulate.tables import Tables
 from sdebench.simulate.tile import (
     block_loop,
     clear,
@@ -76,16 +70,6 @@ def backward_state(a, tilt, g, X, R, Z, OUT, B):  # type: ignore[no-untyped-def]
         for p in range(0, B, lanes(X)):
             mean = a * load(X, i, p) + tilt * load(R, i, p)
             store(OUT, i, p, mean + g * load(Z, i, p))
-
-
-@glue
-def add_end(prepared, work, sign, n, reward, X, ROWS, OUT, B):  # type: ignore[no-untyped-def]
-    """OUT[0] += sign (log p_n(x) + reward r(x))."""
-    primitives.base_log_density(prepared, work, n, X, ROWS, 0, B)
-    add_row(sign, ROWS, 0, OUT, B)
-    if reward:
-        primitives.reward(prepared, work, X, ROWS, 0, B)
-        add_row(sign, ROWS, 0, OUT, B)
 
 
 @glue
@@ -128,19 +112,7 @@ def block_kernel(
     A, NEXT, R = work.adjoint, work.adjoint_next, work.direction
     ROWS, BACK = work.start, work.start[1:2]
     clear(OUT, B)
-    combine(1.0, X[0], 0.0, X[0], A, B)
-    add_end(prepared, work, -1.0, 0, False, A, ROWS, OUT, B)
-    clear(R, B)
-    for n in range(N):
-        g = step_noise(prepared, n)
-        tilt = 0.5 * g * g * level(n, N, power)
-        forward_step(prepared, work, n, tilt, g, A, R, Z[n], NEXT, B)
-        primitives.reward_gradient(prepared, work, NEXT, R, B)
-        a, b = step_shrink(prepared, n, N), step_back(prepared, n, N, noising)
-        ours = level(n + 1, N, power)
-        add_kernel_ratio(g, a, b, ours, A, NEXT, R, Z[n], OUT, B)
-        A, NEXT = NEXT, A
-    add_end(prepared, work, 1.0, N, True, A, ROWS, OUT, B)
+    add_forward_weight(prepared, work, N, power, noising, X[0], Z, ROWS, OUT, B)
 
     for p in range(B):
         work.uniform[p] = uniform(np.float64(OWN[N + 1, 0, p]))
@@ -167,7 +139,7 @@ def block_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bennett(Estimator):
+class Bennett(KernelRatioEstimator):
     """log Z from forward and backward work, with exact samples of the tilted law.
 
     Parameters
@@ -178,7 +150,6 @@ class Bennett(Estimator):
         "matched" to the forward ones.
     """
 
-    estimand: ClassVar[str] = "log_normalizer"
     source: ClassVar[str] = (
         "Bennett 1976, J. Comput. Phys. 22, 245; maximum likelihood: Shirts et al. "
         "2003, Phys. Rev. Lett. 91, 140601"
@@ -194,28 +165,7 @@ class Bennett(Estimator):
     needs: ClassVar[frozenset[str]] = frozenset(
         {"reward_gradient", "base_density", "tilted_samples"}
     )
-    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"backward": "matched"})
-    reduction: ClassVar[str] = "log_mean_exp"
     block_kernel = staticmethod(block_kernel)
-
-    annealing: str = "quadratic"
-    backward: str = "noising"
-
-    def __post_init__(self) -> None:
-        check_annealing(self.annealing)
-        check_backward(self.backward)
-
-    @property
-    def control(self) -> str:
-        return "none"
-
-    @property
-    def needs_denoiser(self) -> bool:
-        return True
-
-    @property
-    def discretization_free(self) -> bool:
-        return True
 
     @property
     def declared_bias(self) -> str:
@@ -223,26 +173,16 @@ class Bennett(Estimator):
         # that of fewer paths cannot be told
         return "any"
 
-    @property
-    def kernel_options(self) -> tuple[int | float, ...]:
-        return ANNEALING[self.annealing], self.backward == "noising"
-
-    def n_statistics(self, n_params: int) -> int:
-        return 1
-
     def group_size(self, n_paths: int) -> int:
         return n_paths
 
-    def own_normals_on(self, n_steps: int) -> int:
+    def own_normals(self, n_steps: int) -> int:
         return n_steps + 2
 
     def not_applicable(self, n_paths: int) -> str | None:
         if n_paths < 2:
             return "it compares at least 2 paths per replicate"
         return None
-
-    def not_applicable_on(self, tables: Tables, times: Array) -> str | None:
-        return not_a_path_of_densities(tables, ANNEALING[self.annealing])
 
     def statistics(self, view: View) -> Tensor:
         forward, backward = self.works(view)
@@ -258,19 +198,8 @@ class Bennett(Estimator):
         """Return the log-weights (n,) of forward and of backward paths."""
         import torch
 
-        steps = steps_of(view.denoiser, ANNEALING[self.annealing], self.backward)
+        steps = steps_of(view.denoiser, self.power, self.backward)
         count = view.n_steps
-        x = view.start()
-        slope = x.new_zeros(x.shape)  # its level is zero
-        forward = -view.base_log_density(0, x)
-        for n in range(count):
-            z, tilt = view.noise(n), 0.5 * steps.noise[n] ** 2 * steps.level[n]
-            after = view.base_mean(n, x) + tilt * slope + view.apply_noise(n, z)
-            slope = view.reward_gradient(after)
-            forward = forward + log_kernel_ratio(steps, n, x, after, slope, z)
-            x = after
-        forward = forward + view.base_log_density(count, x) + view.reward(x)
-
         uniforms = torch.special.ndtr(view.noise(2 * count + 1)[:, 0])
         y = view.tilted_sample(view.noise(2 * count), uniforms)
         backward = view.base_log_density(count, y) + view.reward(y)
@@ -284,4 +213,4 @@ class Bennett(Estimator):
             z = (y - view.base_mean(n, before) - tilt * ahead) / g
             backward = backward + log_kernel_ratio(steps, n, before, y, slope, z)
             y, slope = before, ahead
-        return forward, backward - view.base_log_density(0, y)
+        return self.forward_weights(view), backward - view.base_log_density(0, y)

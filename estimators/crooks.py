@@ -13,29 +13,11 @@ of steps and for any levels lambda.  The steps only decide the spread of W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdebench.estimator import Array, Estimator
-from sdebench.estimators._work import (
-    ANNEALING,
-    add_kernel_ratio,
-    add_row,
-    check_annealing,
-    check_backward,
-    forward_step,
-    level,
-    log_kernel_ratio,
-    not_a_path_of_densities,
-    step_back,
-    step_noise,
-    step_shrink,
-    steps_of,
-)
-from sdebench.simulate import primitives
-from sdebench.simulate.tables import Tables
-from sdebench.simulate.tile import clear, combine, path_kernel
+from sdebench.estimators._work import KernelRatioEstimator, add_forward_weight
+from sdebench.simulate.tile import clear, path_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,30 +39,13 @@ def block_kernel(
     OUT: Any,
 ) -> None:
     """Set OUT (1, B + PADDING) to the log-weight of every path of its own chain."""
-    N = W.shape[0]
-    A, NEXT, R, ROWS = work.adjoint, work.adjoint_next, work.direction, work.start
+    N, ROWS = W.shape[0], work.start
     clear(OUT, B)
-    combine(1.0, X[0], 0.0, X[0], A, B)
-    primitives.base_log_density(prepared, work, 0, A, ROWS, 0, B)
-    add_row(-1.0, ROWS, 0, OUT, B)
-    clear(R, B)
-    for n in range(N):
-        g = step_noise(prepared, n)
-        tilt = 0.5 * g * g * level(n, N, power)
-        forward_step(prepared, work, n, tilt, g, A, R, Z[n], NEXT, B)
-        primitives.reward_gradient(prepared, work, NEXT, R, B)
-        a, b = step_shrink(prepared, n, N), step_back(prepared, n, N, noising)
-        ours = level(n + 1, N, power)
-        add_kernel_ratio(g, a, b, ours, A, NEXT, R, Z[n], OUT, B)
-        A, NEXT = NEXT, A
-    primitives.base_log_density(prepared, work, N, A, ROWS, 0, B)
-    primitives.reward(prepared, work, A, ROWS, 1, B)
-    add_row(1.0, ROWS, 0, OUT, B)
-    add_row(1.0, ROWS, 1, OUT, B)
+    add_forward_weight(prepared, work, N, power, noising, X[0], Z, ROWS, OUT, B)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crooks(Estimator):
+class Crooks(KernelRatioEstimator):
     """log Z from kernel-ratio weights, unbiased for Z at any number of steps.
 
     Parameters
@@ -92,7 +57,6 @@ class Crooks(Estimator):
         infinite variance.
     """
 
-    estimand: ClassVar[str] = "log_normalizer"
     source: ClassVar[str] = (
         "Crooks 1999, Phys. Rev. E 60, 2721; kernel ratios as in annealed importance "
         "sampling, Neal 2001, and CMCD, arXiv:2307.01050; tilted: arXiv:2605.00229"
@@ -110,50 +74,7 @@ B_n(x', x) &= \mathcal{N}\left( x; \tfrac{\alpha_n}{\alpha_{n+1}} x'
         "which biases by -Var(weight)/(2 n_paths Z^2)"
     )
     needs: ClassVar[frozenset[str]] = frozenset({"reward_gradient", "base_density"})
-    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"backward": "matched"})
-    reduction: ClassVar[str] = "log_mean_exp"
     block_kernel = staticmethod(block_kernel)
 
-    annealing: str = "quadratic"
-    backward: str = "noising"
-
-    def __post_init__(self) -> None:
-        check_annealing(self.annealing)
-        check_backward(self.backward)
-
-    @property
-    def control(self) -> str:
-        return "none"
-
-    @property
-    def needs_denoiser(self) -> bool:
-        return True
-
-    @property
-    def discretization_free(self) -> bool:
-        return True
-
-    @property
-    def kernel_options(self) -> tuple[int | float, ...]:
-        return ANNEALING[self.annealing], self.backward == "noising"
-
-    def n_statistics(self, n_params: int) -> int:
-        return 1
-
-    def not_applicable_on(self, tables: Tables, times: Array) -> str | None:
-        return not_a_path_of_densities(tables, ANNEALING[self.annealing])
-
     def statistics(self, view: View) -> Tensor:
-        power = ANNEALING[self.annealing]
-        steps = steps_of(view.denoiser, power, self.backward)
-        x = view.start()
-        slope = x.new_zeros(x.shape)  # its level is zero
-        weight = -view.base_log_density(0, x)
-        for n in range(view.n_steps):
-            z, tilt = view.noise(n), 0.5 * steps.noise[n] ** 2 * steps.level[n]
-            after = view.base_mean(n, x) + tilt * slope + view.apply_noise(n, z)
-            slope = view.reward_gradient(after)
-            weight = weight + log_kernel_ratio(steps, n, x, after, slope, z)
-            x = after
-        end = view.base_log_density(view.n_steps, x) + view.reward(x)
-        return (weight + end)[:, None]
+        return self.forward_weights(view)[:, None]

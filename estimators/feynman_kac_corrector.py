@@ -26,18 +26,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sdebench.errors import ParameterError, unknown
-from sdebench.estimator import Array, Estimator
+from sdebench.estimator import Array
 from sdebench.estimators._work import (
-    ANNEALING,
+    WorkEstimator,
     add_kernel_ratio,
     add_riemann_work,
     add_row,
-    check_annealing,
     flow_work,
     level,
     levels,
     log_kernel_ratio,
-    not_a_path_of_densities,
     push,
     step_back,
     step_growth,
@@ -47,7 +45,6 @@ from sdebench.estimators._work import (
     uniform,
 )
 from sdebench.simulate import primitives
-from sdebench.simulate.tables import Tables
 from sdebench.simulate.tile import clear, combine, glue, path_kernel
 
 if TYPE_CHECKING:
@@ -159,7 +156,7 @@ def block_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeynmanKacCorrector(Estimator):
+class FeynmanKacCorrector(WorkEstimator):
     """log Z from particles that are weighted and resampled along annealed paths.
 
     Parameters
@@ -171,7 +168,6 @@ class FeynmanKacCorrector(Estimator):
         or "cubic".
     """
 
-    estimand: ClassVar[str] = "log_normalizer"
     source: ClassVar[str] = (
         "Skreta et al. 2025, arXiv:2503.02819 (Feynman-Kac correctors); resampling: "
         "Del Moral, Doucet and Jasra 2006"
@@ -190,16 +186,14 @@ class FeynmanKacCorrector(Estimator):
         {"resampling": "stratified", "threshold": 1.0},
         {"weights": "riemann"},
     )
-    reduction: ClassVar[str] = "log_mean_exp"
     block_kernel = staticmethod(block_kernel)
 
     weights: str = "kernel_ratio"
     resampling: str = "systematic"
     threshold: float = 0.5
-    annealing: str = "quadratic"
 
     def __post_init__(self) -> None:
-        check_annealing(self.annealing)
+        super().__post_init__()
         if self.weights not in WEIGHTS:
             raise unknown("weights", self.weights, WEIGHTS)
         if self.resampling not in RESAMPLING:
@@ -215,33 +209,22 @@ class FeynmanKacCorrector(Estimator):
         return frozenset({"reward_gradient"} | density)
 
     @property
-    def control(self) -> str:
-        return "none"
-
-    @property
-    def needs_denoiser(self) -> bool:
-        return True
-
-    @property
     def discretization_free(self) -> bool:
         return self.weights == "kernel_ratio"
 
     @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return (
-            ANNEALING[self.annealing],
+            self.power,
             self.discretization_free,
             self.resampling == "stratified",
             self.threshold,
         )
 
-    def n_statistics(self, n_params: int) -> int:
-        return 1
-
     def group_size(self, n_paths: int) -> int:
         return n_paths
 
-    def own_normals_on(self, n_steps: int) -> int:
+    def own_normals(self, n_steps: int) -> int:
         return n_steps
 
     def not_applicable(self, n_paths: int) -> str | None:
@@ -249,19 +232,16 @@ class FeynmanKacCorrector(Estimator):
             return "resampling needs at least 2 paths per replicate"
         return None
 
-    def not_applicable_on(self, tables: Tables, times: Array) -> str | None:
-        return not_a_path_of_densities(tables, ANNEALING[self.annealing])
-
     def target(self, policy: PolicyChain) -> Array:
         """Return the mean without resampling, which leaves it as it is."""
         from sdebench.closed_form.work import log_mean_work
 
-        return np.array([log_mean_work(policy.chain, ANNEALING[self.annealing])])
+        return np.array([log_mean_work(policy.chain, self.power)])
 
     def statistics(self, view: View) -> Tensor:
         import torch
 
-        power, count = ANNEALING[self.annealing], view.n_steps
+        power, count = self.power, view.n_steps
         steps = steps_of(view.denoiser, power, "noising")
         rates = power * levels(count, power - 1) / count
         exact = self.discretization_free

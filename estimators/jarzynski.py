@@ -19,22 +19,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sdebench.estimator import Array, Estimator
+from sdebench.estimator import Array
 from sdebench.estimators._work import (
-    ANNEALING,
+    WorkEstimator,
     add_riemann_work,
-    check_annealing,
     flow_work,
     level,
     levels,
-    not_a_path_of_densities,
     push,
     step_growth,
     step_noise,
     steps_of,
 )
 from sdebench.simulate import primitives
-from sdebench.simulate.tables import Tables
 from sdebench.simulate.tile import clear, combine, path_kernel
 
 if TYPE_CHECKING:
@@ -74,7 +71,7 @@ def block_kernel(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jarzynski(Estimator):
+class Jarzynski(WorkEstimator):
     """log Z from the Riemann sum of the work along annealed paths.
 
     Parameters
@@ -83,7 +80,6 @@ class Jarzynski(Estimator):
         or "cubic".
     """
 
-    estimand: ClassVar[str] = "log_normalizer"
     source: ClassVar[str] = (
         "Jarzynski 1997, Phys. Rev. Lett. 78, 2690; Vaikuntanathan and Jarzynski 2008; "
         "the tilted form as in arXiv:2605.00229"
@@ -100,39 +96,19 @@ A &= \sum_n h \left( \lambda_n' r + \lambda_n v_n \cdot \nabla r \right)(X_n), \
     )
     needs: ClassVar[frozenset[str]] = frozenset({"reward_gradient"})
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"annealing": "linear"})
-    reduction: ClassVar[str] = "log_mean_exp"
     block_kernel = staticmethod(block_kernel)
-
-    annealing: str = "quadratic"
-
-    def __post_init__(self) -> None:
-        check_annealing(self.annealing)
-
-    @property
-    def control(self) -> str:
-        return "none"
-
-    @property
-    def needs_denoiser(self) -> bool:
-        return True
 
     @property
     def kernel_options(self) -> tuple[int | float, ...]:
-        return (ANNEALING[self.annealing],)
-
-    def n_statistics(self, n_params: int) -> int:
-        return 1
-
-    def not_applicable_on(self, tables: Tables, times: Array) -> str | None:
-        return not_a_path_of_densities(tables, ANNEALING[self.annealing])
+        return (self.power,)
 
     def target(self, policy: PolicyChain) -> Array:
         from sdebench.closed_form.work import log_mean_work
 
-        return np.array([log_mean_work(policy.chain, ANNEALING[self.annealing])])
+        return np.array([log_mean_work(policy.chain, self.power)])
 
     def statistics(self, view: View) -> Tensor:
-        power, count = ANNEALING[self.annealing], view.n_steps
+        power, count = self.power, view.n_steps
         steps = steps_of(view.denoiser, power)
         rates = power * levels(count, power - 1) / count
         x = view.start()

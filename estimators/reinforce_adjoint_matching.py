@@ -112,8 +112,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     def needs_denoiser(self) -> bool:
         return True
 
-    @property
-    def own_normals(self) -> int:
+    def own_normals(self, n_steps: int) -> int:
         return 1
 
     def target(self, policy: PolicyChain) -> Array:

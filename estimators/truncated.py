@@ -167,8 +167,7 @@ D_n(x) &= E[X_N \mid X_n = x], \quad
             derivatives.add("running_cost_gradient")
         return frozenset(derivatives)
 
-    @property
-    def own_normals(self) -> int:
+    def own_normals(self, n_steps: int) -> int:
         return self.n_renoisings if self.method == "draft_lv" else 1
 
     @property

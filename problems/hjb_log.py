@@ -75,12 +75,10 @@ r(x) &= -\ln \tfrac{1}{2} (1 + |x|^2), \quad f = 0
         level, slope = log_mean_reciprocal(s, variance, self.dim)
         return -level - LOG_2, -slope
 
-    def reward_tables(self) -> dict[str, Array]:
+    def other_tables(self, times: Array) -> dict[str, Array]:
         constant = np.zeros((self.dim, 1))
         constant[0] = LOG_2
         return {
             "reward": constant,
             "reward_log": np.ones(1),
-            "reward_wave": np.zeros(1),
-            "wave_power": np.zeros(1),
         }

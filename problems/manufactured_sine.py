@@ -124,15 +124,10 @@ r(x) &= -V(x, T), \quad
         value = self.amplitude * np.sin(q**self.power)
         return value, self.amplitude * self._slopes(q + TINY)[0]
 
-    def wave(self, times: Array) -> Array:
-        h = np.diff(times)
-        costs = h[:, None] * np.array(self._coefficients())
-        return np.column_stack([self.horizon - times[:-1], costs])
-
-    def reward_tables(self) -> dict[str, Array]:
+    def other_tables(self, times: Array) -> dict[str, Array]:
+        costs = np.diff(times)[:, None] * np.array(self._coefficients())
         return {
-            "reward": np.zeros((0, 0)),
-            "reward_log": np.zeros(1),
+            "wave": np.column_stack([self.horizon - times[:-1], costs]),
             "reward_wave": np.array([-self.amplitude]),
             "wave_power": np.array([self.power]),
         }

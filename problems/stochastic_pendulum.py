@@ -26,15 +26,14 @@ from typing import ClassVar
 import numpy as np
 
 from sdebench.closed_form.grid_chain import Grid
-from sdebench.errors import NotApplicableError, ParameterError
+from sdebench.errors import ParameterError
 from sdebench.grid_problem import GridProblem
 from sdebench.problem import (
     EULER,
     Array,
     as_states,
     as_time,
-    check_noisy,
-    check_scheme,
+    check_euler_only,
 )
 from sdebench.simulate.tables import SineTables
 
@@ -148,18 +147,7 @@ X_0 &= (q_0, v_0) \sim \mathcal{N}(0, s^2 I), \quad r = 0, \quad
         scheme: str = EULER,
         noisy: Array | None = None,
     ) -> SineTables:
-        check_scheme(scheme)
-        check_noisy(noisy, len(times) - 1, scheme)
-        if scheme != EULER:
-            raise NotApplicableError(
-                f"scheme {scheme} needs a base process with a linear part that moves "
-                f"the noise; give {EULER}"
-            )
-        if noisy is not None and not np.all(noisy):
-            raise NotApplicableError(
-                "steps without noise need a memoryless base process with a probability "
-                "flow; a pendulum has none"
-            )
+        check_euler_only(scheme, noisy, len(times) - 1)
         # Columns of the extended state: q, v, sin q, sin(q + pi/2) = cos q.
         h, count = np.diff(times), len(times) - 1
         transition, running = np.zeros((count, 2, 4)), np.zeros((count, 2, 2))

@@ -172,18 +172,13 @@ class Estimator(ABC):
         """
         return 1
 
-    @property
-    def own_normals(self) -> int:
-        """The number of normal vectors per path that it draws for itself.
+    def own_normals(self, n_steps: int) -> int:
+        """Return the number of normal vectors per path that it draws for itself.
 
         In torch ``view.noise(n_steps + k)``; a kernel gets the same numbers, (count,
         dim, >= B), right before ``kernel_options`` and may write into them.
         """
         return 0
-
-    def own_normals_on(self, n_steps: int) -> int:
-        """Return `own_normals` on a grid of so many steps, if it depends on it."""
-        return self.own_normals
 
     @property
     def discretization_free(self) -> bool:

@@ -5,40 +5,34 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.polynomial import polynomial
 
 from sdebench.certified_truth import CertifiedTruth, best_in_family
 from sdebench.closed_form.polynomial_tilt import PolynomialTilt
-from sdebench.errors import NotApplicableError, NotExactError, ParameterError
+from sdebench.errors import NotExactError, ParameterError
 from sdebench.problem import (
     EULER,
     Array,
-    Problem,
     Steps,
     as_states,
     as_time,
-    check_noisy,
     check_scheme,
 )
-from sdebench.simulate.tables import SeparableTables
+from sdebench.separable_problem import SeparableProblem, temporal_profiles
 
 if TYPE_CHECKING:
     from sdebench.closed_form.gaussian_mixture import GaussianMixture
 
 LEVELS = (12, 0.035), (8, 0.045)
 """Panels in time and spacing in standard deviations: of answers, and their check."""
-UNLIMITED = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolynomialProblem(Problem):
+class PolynomialProblem(SeparableProblem):
     """Independent coordinates, all alike, with an affine control family."""
-
-    schemes: ClassVar[tuple[str, ...]] = (EULER,)
-    family_holds_optimum: ClassVar[bool] = False
 
     dim: int = 1
     rate: float = 0.5
@@ -93,16 +87,11 @@ class PolynomialProblem(Problem):
 
     def profiles(self, t: Array) -> Array:
         """Return the temporal profiles 1 and s at times t (...), (..., 2)."""
-        t = np.asarray(t, dtype=np.float64)
-        return np.stack([np.ones_like(t), 2.0 * t / self.horizon - 1.0], axis=-1)
+        return temporal_profiles(t, self.horizon)
 
     def drift(self, x: Array, t: float) -> Array:
         as_time(t, self.time_span)
         return -self.rate * as_states(x, self.dim)
-
-    def diffusion(self, t: float) -> Array:
-        as_time(t, self.time_span)
-        return np.eye(self.dim)
 
     def running_cost(self, x: Array, t: float) -> Array:
         return np.zeros(as_states(x, self.dim).shape[:-1])
@@ -112,49 +101,25 @@ class PolynomialProblem(Problem):
         values = polynomial.polyval(states, self.coefficients)
         return np.asarray(np.log(values).sum(axis=-1))
 
-    def tables(
-        self,
-        theta: Array | None,
-        times: Array,
-        scheme: str = EULER,
-        noisy: Array | None = None,
-    ) -> SeparableTables:
-        check_scheme(scheme)
-        check_noisy(noisy, len(times) - 1, scheme)
-        if scheme != EULER:
-            raise NotApplicableError(
-                f"scheme {scheme} is not written for separable tables; give {EULER}"
-            )
-        if noisy is not None and not np.all(noisy):
-            raise NotApplicableError(
-                "steps without noise need a memoryless base process with a probability "
-                "flow; this one has none"
-            )
-        h, dim = np.diff(times), self.dim
-        base = np.zeros((len(h), dim, 2))
+    def base_coefficients(self, h: Array) -> Array:
+        base = np.zeros((len(h), self.dim, 2))
         base[:, :, 1] = (1.0 - h * self.rate)[:, None]
-        pushes = (np.sqrt(h)[:, None] * self.profiles(times[:-1])).T[:, :, None]
-        gains = np.zeros((4, len(h), dim, 2))
+        return base
+
+    def gains(self, times: Array) -> Array:
+        roots = np.sqrt(np.diff(times))[:, None]
+        pushes = (roots * self.profiles(times[:-1])).T[:, :, None]
+        gains = np.zeros((4, len(times) - 1, self.dim, 2))
         gains[:2, ..., 1] = -pushes
         gains[2:, ..., 0] = pushes
-        weights = np.zeros(4) if theta is None else np.asarray(theta, float)
-        return SeparableTables(
-            reach=np.array([UNLIMITED]),
-            base=base,
-            beyond=np.ones((len(h), dim)),
-            noise=np.sqrt(h)[:, None] * np.ones(dim),
-            gain=np.tensordot(weights, gains, 1),
-            gain_derivative=gains,
-            running=np.zeros((len(h), 0, 0)),
-            reward=np.zeros((0, 0)),
-            reward_factor=np.tile(self.coefficients, (dim, 1)),
-            reward_log=np.zeros(1),
-            reward_wave=np.zeros(1),
-            wave_power=np.zeros(1),
-            wave=np.zeros((0, 4)),
-            start_mean=np.full(dim, float(self.start_mean)),
-            start_factor=self.start_scale * np.eye(dim),
-        )
+        return gains
+
+    def other_tables(self, times: Array) -> dict[str, Array]:
+        return {
+            "reward_factor": np.tile(self.coefficients, (self.dim, 1)),
+            "start_mean": np.full(self.dim, float(self.start_mean)),
+            "start_factor": self.start_scale * np.eye(self.dim),
+        }
 
 
 class PolynomialTruth(CertifiedTruth):

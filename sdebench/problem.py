@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdebench.callable_module import make_callable
-from sdebench.errors import NotExactError, ParameterError, unknown
+from sdebench.errors import NotApplicableError, NotExactError, ParameterError, unknown
 from sdebench.registry import label
 from sdebench.registry import problem as problem_by_name
 
@@ -299,6 +299,22 @@ def check_noisy(noisy: Array | None, n_steps: int, scheme: str) -> None:
     if scheme != EULER:
         raise ParameterError(
             f"steps without noise need scheme {EULER}; {scheme} was given"
+        )
+
+
+def check_euler_only(scheme: str, noisy: Array | None, n_steps: int) -> None:
+    """Raise for all but Euler-Maruyama steps with noise, which some problems have."""
+    check_scheme(scheme)
+    check_noisy(noisy, n_steps, scheme)
+    if scheme != EULER:
+        raise NotApplicableError(
+            f"scheme {scheme} needs a base process with a linear part that moves the "
+            f"noise; give {EULER}"
+        )
+    if noisy is not None and not np.all(noisy):
+        raise NotApplicableError(
+            "steps without noise need a memoryless base process with a probability "
+            "flow; this one has none"
         )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.polynomial import polynomial
@@ -33,21 +33,15 @@ from sdebench.closed_form.line_diffusion import (
     Value,
     check_range,
 )
-from sdebench.errors import NotApplicableError
 from sdebench.problem import (
     EULER,
     Array,
-    Problem,
     Steps,
     as_states,
     as_time,
-    check_noisy,
     check_scheme,
 )
-from sdebench.simulate.tables import SeparableTables
-
-if TYPE_CHECKING:
-    pass
+from sdebench.separable_problem import SeparableProblem
 
 
 class Kind(NamedTuple):
@@ -60,11 +54,8 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProductProblem(Problem):
+class ProductProblem(SeparableProblem):
     """Independent coordinates of one or more kinds, from X_0 = 0."""
-
-    schemes: ClassVar[tuple[str, ...]] = (EULER,)
-    family_holds_optimum: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -125,10 +116,6 @@ class ProductProblem(Problem):
         as_time(t, self.time_span)
         return self._evaluate(self.per_coordinate("force"), as_states(x, self.dim))
 
-    def diffusion(self, t: float) -> Array:
-        as_time(t, self.time_span)
-        return np.eye(self.dim)
-
     def running_cost(self, x: Array, t: float) -> Array:
         return np.zeros(as_states(x, self.dim).shape[:-1])
 
@@ -141,49 +128,19 @@ class ProductProblem(Problem):
         features = self.per_coordinate("features")  # (d, P, J)
         return self._evaluate(np.einsum("p,dpj->dj", theta, features), x)
 
-    def tables(
-        self,
-        theta: Array | None,
-        times: Array,
-        scheme: str = EULER,
-        noisy: Array | None = None,
-    ) -> SeparableTables:
-        check_scheme(scheme)
-        check_noisy(noisy, len(times) - 1, scheme)
-        if scheme != EULER:
-            raise NotApplicableError(
-                f"scheme {scheme} needs a base process with a linear part; give {EULER}"
-            )
-        if noisy is not None and not np.all(noisy):
-            raise NotApplicableError(
-                "steps without noise need a memoryless base process with a probability "
-                "flow; a process from a fixed point has none"
-            )
-        h, dim = np.diff(times), self.dim
-        force = self.per_coordinate("force")
-        base = h[:, None, None] * force
+    def base_coefficients(self, h: Array) -> Array:
+        base = h[:, None, None] * self.per_coordinate("force")
         base[:, :, 1] += 1.0
+        return base
+
+    def gains(self, times: Array) -> Array:
         features = np.moveaxis(self.per_coordinate("features"), 1, 0)  # (P, d, J)
-        gains = np.sqrt(h)[None, :, None, None] * features[:, None]
-        gains = np.ascontiguousarray(gains)
-        weights = np.zeros(len(gains)) if theta is None else np.asarray(theta, float)
-        return SeparableTables(
-            reach=np.array([self.reach]),
-            base=base,
-            beyond=np.ones((len(h), dim)),
-            noise=np.sqrt(h)[:, None] * np.ones(dim),
-            gain=np.tensordot(weights, gains, 1),
-            gain_derivative=gains,
-            running=np.zeros((len(h), 0, 0)),
-            reward=-self.per_coordinate("cost"),
-            reward_factor=np.zeros((0, 0)),
-            reward_log=np.zeros(1),
-            reward_wave=np.zeros(1),
-            wave_power=np.zeros(1),
-            wave=np.zeros((0, 4)),
-            start_mean=np.zeros(dim),
-            start_factor=np.zeros((dim, dim)),
+        return np.asarray(
+            np.sqrt(np.diff(times))[None, :, None, None] * features[:, None]
         )
+
+    def other_tables(self, times: Array) -> dict[str, Array]:
+        return {"reward": -self.per_coordinate("cost")}
 
 
 @lru_cache(maxsize=16)

@@ -17,46 +17,38 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdebench.certified_truth import CertifiedTruth, best_in_family
 from sdebench.closed_form.radial import RadialProcess
 from sdebench.errors import (
-    NotApplicableError,
     NotExactError,
     ParameterError,
 )
 from sdebench.problem import (
     EULER,
     Array,
-    Problem,
     Steps,
     as_states,
     as_time,
-    check_noisy,
-    check_scheme,
 )
-from sdebench.simulate.tables import SeparableTables
+from sdebench.separable_problem import SeparableProblem, temporal_profiles
 
 if TYPE_CHECKING:
     from sdebench.closed_form.gaussian_mixture import GaussianMixture
 
 LEVELS = (40, 1.0), (28, 0.8)
 """Panels in time and density of the nodes: of an answer, and to bound its error."""
-UNLIMITED = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
-class RadialProblem(Problem):
+class RadialProblem(SeparableProblem):
     """Brownian motion from the origin with costs of |x|^2, linear feedback.
 
     A subclass has the attributes ``dim`` and ``horizon``.
     """
-
-    schemes: ClassVar[tuple[str, ...]] = (EULER,)
-    family_holds_optimum: ClassVar[bool] = False
 
     if TYPE_CHECKING:
 
@@ -77,14 +69,6 @@ class RadialProblem(Problem):
     @abstractmethod
     def value_and_slope(self, s: Array, t: float) -> tuple[Array, Array]:
         """Return V and its derivative in s = |x|^2."""
-
-    @abstractmethod
-    def reward_tables(self) -> dict[str, Array]:
-        """Return the fields of `SeparableTables` that hold the reward."""
-
-    def wave(self, times: Array) -> Array:
-        """Return the field ``wave`` of `SeparableTables`."""
-        return np.zeros((0, 4))
 
     # ---- the problem --------------------------------------------------------------
     def __post_init__(self) -> None:
@@ -107,8 +91,7 @@ class RadialProblem(Problem):
 
     def profiles(self, t: Array) -> Array:
         """Return the temporal profiles 1 and s at times t (...), (..., 2)."""
-        t = np.asarray(t, dtype=np.float64)
-        return np.stack([np.ones_like(t), 2.0 * t / self.horizon - 1.0], axis=-1)
+        return temporal_profiles(t, self.horizon)
 
     @cached_property
     def truth(self) -> RadialTruth:
@@ -123,10 +106,6 @@ class RadialProblem(Problem):
         as_time(t, self.time_span)
         return np.zeros_like(as_states(x, self.dim))
 
-    def diffusion(self, t: float) -> Array:
-        as_time(t, self.time_span)
-        return self.sigma * np.eye(self.dim)
-
     def running_cost(self, x: Array, t: float) -> Array:
         s = np.sum(as_states(x, self.dim) ** 2, axis=-1)
         running = self.process.running
@@ -136,45 +115,14 @@ class RadialProblem(Problem):
         s = np.sum(as_states(x, self.dim) ** 2, axis=-1)
         return -self.process.cost[0](s)
 
-    def tables(
-        self,
-        theta: Array | None,
-        times: Array,
-        scheme: str = EULER,
-        noisy: Array | None = None,
-    ) -> SeparableTables:
-        check_scheme(scheme)
-        check_noisy(noisy, len(times) - 1, scheme)
-        if scheme != EULER:
-            raise NotApplicableError(
-                f"scheme {scheme} is that of {EULER} for a base process without drift; "
-                f"give {EULER}"
-            )
-        if noisy is not None and not np.all(noisy):
-            raise NotApplicableError(
-                "steps without noise need a memoryless base process with a probability "
-                "flow; a process from a fixed point has none"
-            )
-        h, dim = np.diff(times), self.dim
-        base = np.zeros((len(h), dim, 2))
-        base[:, :, 1] = 1.0
-        gains = np.zeros((2, len(h), dim, 2))
-        gains[..., 1] = -(np.sqrt(h)[:, None] * self.profiles(times[:-1])).T[:, :, None]
-        weights = np.zeros(2) if theta is None else np.asarray(theta, float)
-        return SeparableTables(
-            reach=np.array([UNLIMITED]),
-            base=base,
-            beyond=np.ones((len(h), dim)),
-            noise=self.sigma * np.sqrt(h)[:, None] * np.ones(dim),
-            gain=np.tensordot(weights, gains, 1),
-            gain_derivative=gains,
-            running=np.zeros((len(h), 0, 0)),
-            reward_factor=np.zeros((0, 0)),
-            wave=self.wave(times),
-            start_mean=np.zeros(dim),
-            start_factor=np.zeros((dim, dim)),
-            **self.reward_tables(),
-        )
+    def base_coefficients(self, h: Array) -> Array:
+        return np.tile([0.0, 1.0], (len(h), self.dim, 1))
+
+    def gains(self, times: Array) -> Array:
+        gains = np.zeros((2, len(times) - 1, self.dim, 2))
+        roots = np.sqrt(np.diff(times))[:, None]
+        gains[..., 1] = -(roots * self.profiles(times[:-1])).T[:, :, None]
+        return gains
 
 
 class RadialTruth(CertifiedTruth):

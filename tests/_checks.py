@@ -86,6 +86,19 @@ def all_problems():
     ]
 
 
+def with_slow(problems, slow):
+    """Return the parameters of a test; it is a slow one where ``slow(problem)``."""
+    import pytest
+
+    return pytest.mark.parametrize(
+        "problem",
+        [
+            pytest.param(p, id=p.label, marks=pytest.mark.slow if slow(p) else ())
+            for p in problems
+        ],
+    )
+
+
 def mutate(thing, **overrides):
     """Return a copy of a problem, truth or process with some members replaced."""
     cls = type(thing)

@@ -59,14 +59,7 @@ def has_reward_only_gradient(problem):
     )
 
 
-exact_reward = pytest.mark.parametrize(
-    "problem",
-    [
-        pytest.param(p, id=p.label, marks=pytest.mark.slow if slow_truth(p) else ())
-        for p in PROBLEMS
-        if has_reward_only_gradient(p)
-    ],
-)
+exact_reward = checks.with_slow(filter(has_reward_only_gradient, PROBLEMS), slow_truth)
 exact_chain = problems_with(
     lambda p: has(p, lambda q: q.truth.policy_chain("halfway", 3))
 )

@@ -63,15 +63,7 @@ def test_hjb_equation(problem):
     checks.check_terminal_condition(problem)
 
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        pytest.param(
-            p, id=p.label, marks=pytest.mark.slow if p.name == "forty_modes" else ()
-        )
-        for p in PROBLEMS
-    ],
-)
+@checks.with_slow(PROBLEMS, lambda p: p.name == "forty_modes")
 def test_second_route(problem):
     if isinstance(problem, LinearProblem):
         checks.check_linear_by_ode(problem)

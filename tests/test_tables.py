@@ -46,15 +46,7 @@ def test_exponential_steps_compose(problem):
     checks.check_exponential_scheme(problem)
 
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        pytest.param(
-            p, id=p.label, marks=() if p.family_holds_optimum else pytest.mark.slow
-        )
-        for p in PROBLEMS
-    ],
-)
+@checks.with_slow(PROBLEMS, lambda p: not p.family_holds_optimum)
 def test_optimum_of_the_tables_is_the_optimal_control(problem):
     """At theta* the tables hold sqrt(h) u*, whatever the family calls it.
 

@@ -41,14 +41,13 @@ from numpy.typing import NDArray
 from sdebench import registry
 from sdebench.claims._claim import JOINTLY, Check, Claim
 from sdebench.experiments.experiment import (
-    LEVEL,
     Progress,
     columns,
     interval_of,
     records,
 )
-from sdebench.experiments.measuring import n_threads
-from sdebench.measure.intervals import Interval, t_quantile
+from sdebench.experiments.measuring import extrapolated, n_threads
+from sdebench.measure.intervals import Interval
 from sdebench.problem import Problem
 from sdebench.report.format import interval, plain
 from sdebench.simulate.paths import simulate
@@ -138,10 +137,7 @@ def simulated_moment(problem: Problem, reward: str, seed: int) -> Interval:
         _moment(_terminal(problem, n_steps, seed), reward)
         for n_steps in (N_STEPS, 2 * N_STEPS)
     )
-    value = 2.0 * fine[0] - coarse[0]
-    error = np.sqrt(4.0 * fine[1] + coarse[1])
-    reach = t_quantile(LEVEL, N_PATHS - 1, N_INTERVALS) * error
-    return Interval(value, value - reach, value + reach)
+    return extrapolated(coarse, fine, N_PATHS, N_INTERVALS)
 
 
 @dataclass(frozen=True)

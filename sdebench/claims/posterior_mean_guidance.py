@@ -39,13 +39,13 @@ from sdebench import registry
 from sdebench.claims._claim import JOINTLY, Check, Claim
 from sdebench.closed_form import log_quadratics as lq
 from sdebench.experiments.experiment import (
-    LEVEL,
     Progress,
     columns,
     interval_of,
     records,
 )
-from sdebench.measure.intervals import Interval, t_quantile
+from sdebench.experiments.measuring import extrapolated
+from sdebench.measure.intervals import Interval
 from sdebench.report.format import interval, plain
 from sdebench.tilting_problem import TiltingProblem
 
@@ -150,20 +150,14 @@ N_INTERVALS = 1 + len(CURVATURES) + len(INVERSE_TEMPERATURES)
 
 def guidance(problem: TiltingProblem, x: Array, t: float) -> Array:
     """Return the guided control sigma grad r(D_t(x)) of states (n, 1)."""
-    family = problem.family
-    base = family.base
-    masses, means, variances = lq.gaussian_parameters(base.terminal)
+    base = problem.family.base
+    rows = base.marginal(t)
     scale, offset, noise = base.backward(t, base.horizon)
-    spread, centre = scale**2 * variances + noise, scale * means + offset
-    gain = scale * variances / spread  # (K, 1)
-    share = lq.weights(lq.gaussian_rows(masses, centre, spread), x)  # (n, K)
-    each = means[:, 0] + gain[:, 0] * (x - centre[:, 0])
-    denoised = np.sum(share * each, axis=1)
-    second = np.sum(share * ((variances * noise / spread)[:, 0] + each**2), axis=1)
-    # The denoiser's derivative is the posterior variance times scale / noise.
-    slope = (second - denoised**2) * scale / noise
-    pull = lq.gradient(family.reward_rows(problem.theta_star), denoised[:, None])
-    return base.sigma(t) * slope[:, None] * pull
+    # Tweedie's formula, and its derivative
+    denoised = (x - offset + noise * lq.gradient(rows, x)) / scale
+    slope = (1.0 + noise * lq.hessian(rows, x)[..., 0]) / scale
+    pull = lq.gradient(problem.family.reward_rows(problem.theta_star), denoised)
+    return base.sigma(t) * slope * pull
 
 
 def terminal(problem: TiltingProblem, n_steps: int, rng: np.random.Generator) -> Array:
@@ -186,12 +180,9 @@ def simulated(setting: Setting, rng: np.random.Generator) -> Interval:
     moments = []
     for n_steps in (N_STEPS, 2 * N_STEPS):
         values = setting.values(terminal(setting.problem, n_steps, rng))
-        moments.append((values.mean(), values.var() / len(values)))
+        moments.append((float(values.mean()), float(values.var() / len(values))))
     coarse, fine = moments
-    value = float(2.0 * fine[0] - coarse[0])
-    reach = t_quantile(LEVEL, N_PATHS - 1, N_INTERVALS)
-    reach *= float(np.sqrt(4.0 * fine[1] + coarse[1]))
-    return Interval(value, value - reach, value + reach)
+    return extrapolated(coarse, fine, N_PATHS, N_INTERVALS)
 
 
 def excess(problem: TiltingProblem) -> Array:

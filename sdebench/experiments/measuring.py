@@ -128,3 +128,23 @@ def distance(
     assert moments.covariance is not None
     gap = moments.mean - answer
     return bias_norm(gap, moments.covariance, moments.n, level, scale)
+
+
+def extrapolated(
+    coarse: tuple[float, float],
+    fine: tuple[float, float],
+    n_samples: int,
+    n_intervals: int,
+) -> Interval:
+    """Return Richardson's value of N and 2 N steps on independent noise.
+
+    Parameters
+    ----------
+    coarse, fine : a mean and its squared standard error, with N and with 2 N steps.
+    n_samples : behind each of them.
+    n_intervals : that hold jointly at `LEVEL`.
+    """
+    value = 2.0 * fine[0] - coarse[0]
+    error = np.sqrt(4.0 * fine[1] + coarse[1])
+    reach = float(t_quantile(LEVEL, n_samples - 1, n_intervals) * error)
+    return Interval(value, value - reach, value + reach)

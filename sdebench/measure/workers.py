@@ -206,7 +206,7 @@ class NumbaWorker:
                 arguments += [self._other, self._other_work]
             if estimator.group_size(self._settings.n_paths) > 1:
                 arguments.append(count)
-            if own_normals := estimator.own_normals_on(len(buffers.states) - 1):
+            if own_normals := estimator.own_normals(len(buffers.states) - 1):
                 address = replicate, first_path, size
                 arguments.append(self._own_normals(own_normals, *address))
             clock = time.perf_counter()

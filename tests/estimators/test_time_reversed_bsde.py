@@ -379,7 +379,8 @@ def test_derivatives_of_a_network():
         torch.testing.assert_close(fitted.trace(x, matrix)[:, i], trace)
     jacobians = torch.func.vmap(torch.func.jacrev(lambda s: fitted.network(s[None])[0]))
     divergence = jacobians(x).diagonal(dim1=1, dim2=2).sum(1)
-    torch.testing.assert_close(fitted.network.divergence(x), divergence)
+    found = fitted.network.divergence(x, torch.ones(3, dtype=x.dtype))
+    torch.testing.assert_close(found, divergence)
 
 
 def test_a_network_fits_what_a_line_cannot():

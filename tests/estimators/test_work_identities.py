@@ -21,7 +21,7 @@ from scipy.special import logsumexp
 from sdebench import registry
 from sdebench.closed_form.work import log_mean_work
 from sdebench.errors import NotExactError, ParameterError, UnknownNameError
-from sdebench.estimators import crooks as crooks_file
+from sdebench.estimators import _work as work_file
 from sdebench.estimators._work import (
     ANNEALING,
     BACKWARD,
@@ -159,7 +159,7 @@ def test_kernel_ratio_tends_to_the_work_path_by_path(spec, backward, monkeypatch
     def against_the_reward(steps, n, x, after, slope, z):
         return log_kernel_ratio(steps, n, x, after, -slope, z)
 
-    monkeypatch.setattr(crooks_file, "log_kernel_ratio", against_the_reward)
+    monkeypatch.setattr(work_file, "log_kernel_ratio", against_the_reward)
     assert gap(spec, crooks, 640) > 0.6 * gap(spec, crooks, 40)
 
 
