@@ -16,6 +16,8 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from typing import Any
 
 MISSING = "–"
+_MOST_DIGITS = 4
+"""Powers of ten between a number and the ends of its interval that share one power."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _NORMAL = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _LATEX = {
@@ -122,12 +124,15 @@ def interval(value: float, low: float, high: float, unit: str = "") -> str:
     if low == high:
         return f"{plain(value)}{unit}"
     if low <= 0.0 and math.isfinite(high):
-        return f"< {_ceiling(high)}{unit}"
+        return f"< {_two_digits(high, ROUND_CEILING)}{unit}"
     if math.isinf(high):
         return f"> {plain(low, 2)}{unit}" if low > 0.0 else "not resolved"
     if math.isnan(value):
         value = 0.5 * (low + high)
     exponent = _exponent(value)
+    if max(_exponent(high) - exponent, exponent - _exponent(low)) > _MOST_DIGITS:
+        ends = f"{_two_digits(low, ROUND_FLOOR)}, {_two_digits(high, ROUND_CEILING)}"
+        return f"{plain(value, 1)} [{ends}]{unit}"
     shift = exponent if exponent < -2 or exponent >= 4 else 0
     value, low, high = (_scaled(x, -shift) for x in (value, low, high))
     error = 0.25 * (high - low)  # a 95 % interval is four standard errors wide
@@ -140,12 +145,12 @@ def interval(value: float, low: float, high: float, unit: str = "") -> str:
     return f"{_power(f'{v} [{a}, {b}]', shift)}{unit}"
 
 
-def _ceiling(x: float) -> str:
-    """Return an upper limit with two significant digits, rounded up."""
+def _two_digits(x: float, rounding: str) -> str:
+    """Return the end of an interval with two significant digits, rounded outwards."""
     exponent = _exponent(x)
     shift = exponent if exponent < -2 or exponent >= 4 else 0
     decimals = 1 - exponent + shift
-    return _power(_fixed(_scaled(x, -shift), decimals, ROUND_CEILING), shift)
+    return _power(_fixed(_scaled(x, -shift), decimals, rounding), shift)
 
 
 def latex(text: str) -> str:
