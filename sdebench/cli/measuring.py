@@ -181,7 +181,10 @@ def run(
     else:
         print_table(frame, format)
     if plot and (frame["status"] == "ok").any():
-        for path in draw_figures(frame, folder / suite / "figures", ("png",)):
+        drawn = folder / suite / "figures"
+        paths = draw_figures(frame, drawn, ("png",))
+        # A figure that is a file per problem is named once, by its folder.
+        for path in dict.fromkeys(drawn / p.relative_to(drawn).parts[0] for p in paths):
             click.echo(str(path), err=format is not None)
     failed = frame[frame["status"] == "failed"]
     if len(failed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ _ESTIMANDS = (
     "cross_entropy_gradient",
     "log_normalizer",
 )
+_FURTHEST = 1e4
 
 
 def choose(frame: pd.DataFrame, point: str | None, steps: int | None) -> list[Cell]:
@@ -50,7 +52,21 @@ def choose(frame: pd.DataFrame, point: str | None, steps: int | None) -> list[Ce
         key = tuple(str(cell[k]) for k in keys)
         if key not in kept or n_total(cell) > n_total(kept[key]):
             kept[key] = cell
-    return list(kept.values())
+    return [_open_ends(c) for c in kept.values()]
+
+
+def _open_ends(cell: Cell) -> Cell:
+    """Return the cell with an upper end far beyond its estimate drawn as infinite.
+
+    The interval of a variance under heavy tails spans any number of powers of ten,
+    and one such end would press all else into a corner.
+    """
+    far = {
+        f"{stem}_high": math.inf
+        for stem in ("relative_bias", "relative_bias_own", "relative_variance")
+        if cell[f"{stem}_low"] > 0.0 and cell[f"{stem}_high"] > _FURTHEST * cell[stem]
+    }
+    return cell | far
 
 
 def require(cells: list[Cell], key: str, what: str) -> list[Cell]:

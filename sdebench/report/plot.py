@@ -7,7 +7,7 @@ and line style its variant), marker the family of the problem, in every figure a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 FORMATS = ("png", "svg", "pdf")
+_ROW_PER_ESTIMATOR = ("bias", "variance")
+_TOGETHER = 4
 
 
 def _percent(x: float, _position: int = 0) -> str:
@@ -217,6 +219,8 @@ def figures(
     ----------
     frame : measured rows or their `summary`.
     folder : made if it does not exist; files are called ``bias_halfway.png`` and so on.
+        Of more than four problems those with a row per estimator would be metres long:
+        they are a file per problem, ``bias_halfway/two_modes.png``.
     formats : of ``png``, ``svg`` and ``pdf``.
     dpi : resolution of png.
     width : inches.
@@ -242,18 +246,31 @@ def figures(
     out: list[Path] = []
     for point in dict.fromkeys(table["point"]) if "point" in table else ():
         for kind, drawer in drawers.items():
-            try:
-                figure = drawer(table, point=point, width=width)
-            except ResultsError:
-                continue  # nothing of this kind was measured
             stem = "".join(x if x.isalnum() else "_" for x in f"{kind} {point}".strip())
-            out += _save(figure, Path(folder), stem, formats, dpi)
+            for name, rows in _pages(table, stem, kind in _ROW_PER_ESTIMATOR):
+                try:
+                    figure = drawer(rows, point=point, width=width)
+                except ResultsError:
+                    continue  # nothing of this kind was measured
+                out += _save(figure, Path(folder), name, formats, dpi)
     if not out:
         raise ResultsError(
             f"no figure can be drawn from {len(table)} rows: none holds a measured "
             "bias or variance; run `sdebench run` first"
         )
     return out
+
+
+def _pages(
+    table: pd.DataFrame, stem: str, tall: bool
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the files of a figure without their endings, each with its rows."""
+    problems = table["problem"].str.partition(":")[0]
+    if not tall or problems.nunique() <= _TOGETHER:
+        yield stem, table
+        return
+    for problem, rows in table.groupby(problems, sort=False):
+        yield f"{stem}/{problem}", rows
 
 
 def _save(
@@ -268,10 +285,10 @@ def _save(
     }
     out = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with style():
             for name in formats:
                 path = folder / f"{stem}.{name}"
+                path.parent.mkdir(parents=True, exist_ok=True)
                 metadata = {"Title": f"sdebench: {stem}"} | dates[name]
                 figure.savefig(path, format=name, dpi=dpi, metadata=metadata)
                 out.append(path)

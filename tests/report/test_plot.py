@@ -105,6 +105,27 @@ def test_figures_writes_everything_there_is_data_for(some, ladder, tmp_path):
     assert all(p.stat().st_size > 3000 for p in paths)
 
 
+def test_many_problems_are_a_file_each(frame, tmp_path):
+    """A row per estimator and problem would make a figure of metres."""
+    measured = frame[(frame.point == "halfway") & (frame.status == "ok")]
+    here = measured[measured.relative_variance > 0].groupby("problem").head(1)
+    assert here.problem.nunique() > 4
+    names = {str(p.relative_to(tmp_path)) for p in figures(here, tmp_path, ("png",))}
+    problems = set(here.problem.str.partition(":")[0])
+    assert {f"variance_halfway/{name}.png" for name in problems} <= names
+    assert "variance_halfway.png" not in names
+
+
+@pytest.mark.parametrize("high", [4.4e91, 1e304])
+def test_a_far_end_of_an_interval_leaves_the_limits_alone(some, high):
+    few = summary(some[(some.problem == "two_modes") & (some.point == "halfway")])
+    first = few.index[few.relative_variance_low > 0][0]
+    few.loc[first, "relative_variance_high"] = high
+    for draw in (variance_figure, work_precision_figure):
+        axes = draw(few).axes[0]
+        assert max(*axes.get_xlim(), *axes.get_ylim()) < 1e15
+
+
 def test_the_same_results_give_the_same_bytes(some, tmp_path):
     one = some[(some.problem == "two_modes") & (some.point == "halfway")].head(2)
     first = figures(one, tmp_path / "a")
