@@ -176,9 +176,11 @@ def _quick(seed: int) -> Iterator[Cell]:
                 _e: str = estimator,
                 _p: str = spec,
                 _d: int = problem.dim,
+                _b: str = problem.backends[0],
                 **o: str,
             ) -> Cell:
-                torch = o.get("backend") == "torch"
+                o = {"backend": _b} | o
+                torch = o["backend"] == "torch"
                 count = QUICK_TORCH_REPLICATES if torch else QUICK_REPLICATES
                 size = QUICK_PATHS, min(count, _affordable(n_steps, _d))
                 return Cell(_p, _e, point, n_steps, *size, seed=seed, **o)  # type: ignore[arg-type]
@@ -188,7 +190,8 @@ def _quick(seed: int) -> Iterator[Cell]:
             yield from (cell(point, n_steps) for point in points)
             if new_family and estimator in defaults:
                 yield from (cell(QUICK_POINTS[0], n) for n in ladder)
-                yield cell(QUICK_POINTS[0], n_steps, backend="torch")
+                for backend in problem.backends[1:]:
+                    yield cell(QUICK_POINTS[0], n_steps, backend=backend)
                 yield cell(QUICK_POINTS[0], n_steps, dtype="float32")
 
 
@@ -196,12 +199,14 @@ def _full(seed: int) -> Iterator[Cell]:
     estimators = [spec for spec, _ in _entries("estimator")]
     for spec, problem in _entries("problem"):
         settings = [
-            (n, "numba", dtype)
+            (n, problem.backends[0], dtype)
             for n in _ladder(problem.default_steps, FULL_LADDER)
             for dtype in ("float64", "float32")
         ]
         settings += [
-            (problem.default_steps, "torch", dtype) for dtype in ("float64", "float32")
+            (problem.default_steps, backend, dtype)
+            for backend in problem.backends[1:]
+            for dtype in ("float64", "float32")
         ]
         for point in FULL_POINTS:
             for n, backend, dtype in settings:
@@ -217,7 +222,7 @@ def _gradients(seed: int) -> Iterator[Cell]:
         for point in GRADIENT_POINTS:
             for estimator in gradients:
                 steps = problem.default_steps
-                size = QUICK_PATHS, GRADIENT_REPLICATES
+                size = QUICK_PATHS, GRADIENT_REPLICATES, problem.backends[0]
                 yield Cell(problem_spec, estimator, point, steps, *size, seed=seed)
 
 

@@ -68,6 +68,7 @@ class Problem(ABC):
     schemes : the time-stepping schemes that the tables know.
     family_holds_optimum : whether theta_star gives u*; if not, theta_star is the
         minimizer of J in the control family, and J(theta_star) > J(u*).
+    backends : what can simulate its tables, the fastest first.
     """
 
     default_steps: ClassVar[int] = 50
@@ -77,6 +78,7 @@ class Problem(ABC):
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
     family_holds_optimum: ClassVar[bool] = True
+    backends: ClassVar[tuple[str, ...]] = ("numba", "torch")
 
     # ---- identity ---------------------------------------------------------------
     @property

@@ -39,6 +39,15 @@ def test_the_problem_passes(tmp_path):
     assert sdebench.check_problem(str(path)).passed
 
 
+def test_the_problem_from_a_value_function_passes(tmp_path):
+    path = tmp_path / "cosine_well.py"
+    path.write_text(block("class CosineWell"))
+    names = ("HJB equation", "terminal condition", "coefficient tables")
+    report = sdebench.check_problem(str(path), only=names)
+    assert {c.status for c in report.checks} <= {"passed", "note"}
+    assert sdebench.measure(str(path), "pathwise", n_replicates=4).status == "ok"
+
+
 def test_the_python_example_runs():
     names = {}
     exec(block("problem.truth.log_normalizer()"), names)

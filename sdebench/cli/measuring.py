@@ -32,7 +32,11 @@ EXIT_FAILED_CELLS = 1
 @click.option("--steps", type=COUNT, help="Time steps; default: the problem's.")
 @click.option("--paths", type=COUNT, help="Paths of one replicate.")
 @click.option("--replicates", type=click.IntRange(min=2), help="Replicates.")
-@click.option("--backend", type=click.Choice(["numba", "torch"]), default="numba")
+@click.option(
+    "--backend",
+    type=click.Choice(["numba", "torch"]),
+    help="Default: numba, where the problem has it.",
+)
 @click.option("--dtype", type=click.Choice(["float64", "float32"]), default="float64")
 @click.option("--device", default="cpu", help="For torch: cpu, cuda.")
 @click.option("--scheme", default="euler_maruyama", help="Time-stepping scheme.")

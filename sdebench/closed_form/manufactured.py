@@ -7,9 +7,9 @@ For any smooth V, drift b and noise sigma the running cost and reward
 
 have the value function V and the optimal control u* = -sigma^T grad V exactly: the
 method of manufactured solutions.  Derivatives are by automatic differentiation, exact
-to rounding.  A problem of the catalogue must then put f and r into coefficient tables
-(see `sdebench.simulate.tables`); these functions are what its formulas are tested
-against, as `tests/problems/test_manufactured.py` does.
+to rounding.  `sdebench.manufactured_problem.ManufacturedProblem` simulates them as they
+are; a problem that puts f and r into coefficient tables has its formulas tested against
+these functions, as `tests/problems/test_manufactured.py` does.
 """
 
 from __future__ import annotations
@@ -33,77 +33,92 @@ Array = NDArray[np.float64]
 class ManufacturedCosts:
     """Running cost, reward and optimal control of a chosen value function.
 
+    All are differentiable functions of torch tensors x (n, d).
+
     Parameters
     ----------
-    value : V of torch tensors x (n, d) and t (n,), returns (n,); twice differentiable.
-    drift : b of numpy arrays x (n, d) and a time, returns (n, d).
-    diffusion : sigma of a time, (d, m).
+    value : V of x (n, d) and t (n,), returns (n,); twice differentiable.
+    drift : b of x (n, d) and a time, returns (n, d).
+    diffusion : sigma of a time, (d, m) in numpy.
     horizon : T.
     """
 
     value: Callable[[Tensor, Tensor], Tensor]
-    drift: Callable[[Array, float], Array]
+    drift: Callable[[Tensor, float], Tensor]
     diffusion: Callable[[float], Array]
     horizon: float
 
-    def _derivatives(
-        self, x: Array, t: float, directions: Array | None = None
-    ) -> tuple[Array, Array, Array, Array]:
-        """Return V, dV/dt, grad V (n, d) and the sum of second derivatives along rows.
+    def value_at(self, x: Tensor, t: float) -> Tensor:
+        """Return V(x, t) (n,).
 
         Raises
         ------
         ParameterError
             If ``value`` returns anything but one number for each state.
         """
+        return self._value(x, x.new_full((len(x),), float(t)))
+
+    def _value(self, x: Tensor, times: Tensor) -> Tensor:
+        value = self.value(x, times)
+        if value.shape != times.shape:
+            raise ParameterError(
+                f"the value function returns shape {tuple(value.shape)} for x of shape "
+                f"{tuple(x.shape)}; return ({len(x)},)"
+            )
+        return value
+
+    def _derivatives(
+        self, x: Tensor, t: float, directions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dV/dt, grad V (n, d) and the sum of second derivatives along rows."""
         import torch
 
-        states = torch.tensor(x, dtype=torch.float64, requires_grad=True)
-        times = torch.full((len(x),), float(t), dtype=torch.float64, requires_grad=True)
+        states = x if x.requires_grad else x.detach().requires_grad_()
+        times = x.new_full((len(x),), float(t)).requires_grad_()
         with torch.enable_grad():
-            value = self.value(states, times)
-            if value.shape != times.shape:
-                raise ParameterError(
-                    f"value returns shape {tuple(value.shape)} for x of shape "
-                    f"{x.shape}; return ({len(x)},)"
-                )
-            in_time, slope = (
-                torch.zeros_like(argument) if found is None else found
-                for found, argument in zip(
-                    torch.autograd.grad(
-                        value.sum(),
-                        (times, states),
-                        create_graph=True,
-                        allow_unused=True,
-                    ),
-                    (times, states),
-                    strict=True,
-                )
-            )
+            value = self._value(states, times)
+            in_time, slope = _gradients(value.sum(), (times, states))
             bend = torch.zeros_like(times)
-            for row in () if directions is None else torch.tensor(directions):
+            for row in () if directions is None else directions:
                 along = (slope @ row).sum()
-                if along.requires_grad:
-                    (second,) = torch.autograd.grad(
-                        along, states, retain_graph=True, allow_unused=True
-                    )
-                    bend = bend if second is None else bend + second @ row
-        found = (value, in_time, slope, bend)
-        return tuple(part.detach().numpy() for part in found)  # type: ignore[return-value]
+                bend = bend + _gradients(along, (states,))[0] @ row
+        found = (in_time, slope, bend)
+        if x.requires_grad:
+            return found
+        return tuple(part.detach() for part in found)  # type: ignore[return-value]
 
-    def running_cost(self, x: Array, t: float) -> Array:
-        """Return f(x, t) (n,) for x (n, d)."""
-        sigma = np.asarray(self.diffusion(t), dtype=np.float64)
-        _, in_time, slope, bend = self._derivatives(x, t, sigma.T)
-        transport = np.sum(self.drift(x, t) * slope, axis=1)
-        energy = 0.5 * np.sum((slope @ sigma) ** 2, axis=1)
-        return np.asarray(energy - in_time - transport - 0.5 * bend)
+    def _noise(self, x: Tensor, t: float) -> Tensor:
+        import torch
 
-    def reward(self, x: Array) -> Array:
-        """Return r(x) (n,) for x (n, d)."""
-        return -self._derivatives(x, self.horizon)[0]
+        return torch.tensor(
+            np.array(self.diffusion(t), np.float64), dtype=x.dtype, device=x.device
+        )
 
-    def control(self, x: Array, t: float) -> Array:
-        """Return u*(x, t) (n, m) for x (n, d)."""
-        sigma = np.asarray(self.diffusion(t), dtype=np.float64)
-        return np.asarray(-self._derivatives(x, t)[2] @ sigma)
+    def running_cost(self, x: Tensor, t: float) -> Tensor:
+        """Return f(x, t) (n,)."""
+        sigma = self._noise(x, t)
+        in_time, slope, bend = self._derivatives(x, t, sigma.T)
+        transport = (self.drift(x, t) * slope).sum(1)
+        energy = 0.5 * ((slope @ sigma) ** 2).sum(1)
+        return energy - in_time - transport - 0.5 * bend
+
+    def reward(self, x: Tensor) -> Tensor:
+        """Return r(x) (n,)."""
+        return -self.value_at(x, self.horizon)
+
+    def control(self, x: Tensor, t: float) -> Tensor:
+        """Return u*(x, t) (n, m)."""
+        return -self._derivatives(x, t)[1] @ self._noise(x, t)
+
+
+def _gradients(total: Tensor, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the gradients of a number, differentiable; zero where it is constant."""
+    import torch
+
+    if not total.requires_grad:
+        return tuple(torch.zeros_like(a) for a in arguments)
+    found = torch.autograd.grad(total, arguments, create_graph=True, allow_unused=True)
+    return tuple(
+        torch.zeros_like(a) if g is None else g
+        for a, g in zip(arguments, found, strict=True)
+    )

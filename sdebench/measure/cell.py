@@ -48,7 +48,12 @@ from sdebench.measure.tails import tail_index
 from sdebench.measure.workers import Settings, count_evaluations, shared_paths
 from sdebench.problem import EULER, Problem, check_scheme
 from sdebench.provenance import provenance
-from sdebench.simulate.tables import Tables, has_density, noise_is_invertible
+from sdebench.simulate.tables import (
+    ONLY_TORCH,
+    Tables,
+    has_density,
+    noise_is_invertible,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,7 +140,7 @@ def make_request(
     n_steps: int | Sequence[float] | None = None,
     n_paths: int = 256,
     n_replicates: int = 64,
-    backend: str = "numba",
+    backend: str | None = None,
     dtype: str = "float64",
     device: str = "cpu",
     scheme: str = "euler_maruyama",
@@ -148,6 +153,8 @@ def make_request(
     if isinstance(problem, str):
         problem = registry.problem(problem)
     check_scheme(scheme)
+    if backend is None:
+        backend = problem.backends[0]
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     if dtype not in DTYPES:
@@ -190,7 +197,8 @@ def measure(
     n_steps : number of uniform time steps, or the time grid; default: published.
     n_paths : paths per replicate.
     n_replicates : independent replicates; with ``target`` the first look.
-    backend : "numba" or "torch"; dtype : "float64" or "float32"; device : of torch.
+    backend : "numba" or "torch"; default: numba, where the problem has it.
+    dtype : "float64" or "float32"; device : of torch.
     scheme : "euler_maruyama" or "exponential" (exact linear part).
     seed : of the counter-based noise, in [0, 2^64).
     target : stop when the half-width of the bias interval is this fraction of the
@@ -256,6 +264,8 @@ def measure_group(
 
 def refusal(request: Request, estimator: Estimator) -> str | None:
     """Return why an estimator cannot run on this cell, or None."""
+    if request.backend not in request.problem.backends:
+        return ONLY_TORCH
     if reason := estimator.refusal(request.n_paths, request.backend):
         return reason
     n_steps = len(request.times) - 1
@@ -319,15 +329,17 @@ def _torch_threads(request: Request) -> Iterator[None]:
 
 
 def _control_errors(request: Request) -> dict[str, float]:
-    """Return the distances of the control from u* and from u*_N."""
-    truth = request.problem.truth
-    try:
-        discrete = truth.control_error(request.theta, request.times, request.scheme)
-    except NotExactError:
-        discrete = math.nan
+    """Return the distances of the control from u* and from u*_N, NaN if not known."""
+
+    def distance(*n_steps: Any) -> float:
+        try:
+            return request.problem.truth.control_error(request.theta, *n_steps)
+        except NotExactError:
+            return math.nan
+
     return {
-        "control_error": truth.control_error(request.theta),
-        "control_error_discrete": discrete,
+        "control_error": distance(),
+        "control_error_discrete": distance(request.times, request.scheme),
     }
 
 

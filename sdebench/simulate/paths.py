@@ -14,9 +14,10 @@ from sdebench import registry
 from sdebench.errors import ParameterError
 from sdebench.problem import Problem
 from sdebench.simulate.noise import split_seed
-from sdebench.simulate.tables import has_start_parameters, start_log_ratio
+from sdebench.simulate.tables import Tables, has_start_parameters, start_log_ratio
 
 BLOCK = 256
+TORCH_BLOCK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ def simulate(
     theta = None if point is None else problem.theta(point)
     times = problem.time_grid(n_steps)
     tables = problem.tables(theta, times, scheme)
+    if "numba" not in problem.backends:
+        return _simulate_torch(
+            tables, times, n_paths, dtype, seed, replicate, keep_states
+        )
     prepared = prepare(tables, dtype)
     keep_start = has_start_parameters(tables)
     key = split_seed(seed)
@@ -141,4 +146,49 @@ def simulate(
         reward=totals[3],
         start_log_ratio=log_ratio,
         states=states if keep_states else None,
+    )
+
+
+def _simulate_torch(
+    tables: Tables,
+    times: NDArray[np.float64],
+    n_paths: int,
+    dtype: str,
+    seed: int,
+    replicate: int,
+    keep_states: bool,
+) -> Paths:
+    """Simulate a problem of torch functions."""
+    from sdebench.view import View
+
+    parts = []
+    for first in range(0, n_paths, TORCH_BLOCK):
+        view = View(
+            tables,
+            times,
+            None,
+            key=split_seed(seed),
+            replicate=replicate,
+            first_path=first,
+            n_paths=min(TORCH_BLOCK, n_paths - first),
+            dtype=dtype,
+        )
+        paths = view.rollout()
+        costs = paths.control_cost, paths.running_cost, paths.martingale, paths.reward
+        states = paths.states if keep_states else paths.states[-1:]
+        parts.append(
+            (np.array([x.numpy().T for x in states]), *(c.numpy() for c in costs))
+        )
+    kept, control, running, martingale, reward = (
+        np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
+    )
+    return Paths(
+        times=times,
+        terminal=kept[-1],
+        control_cost=control,
+        running_cost=running,
+        martingale=martingale,
+        reward=reward,
+        start_log_ratio=np.zeros_like(reward),
+        states=kept if keep_states else None,
     )

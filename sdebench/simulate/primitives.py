@@ -18,6 +18,7 @@ from typing import Any
 from numba.extending import overload
 from numpy.typing import DTypeLike
 
+from sdebench.errors import NotApplicableError
 from sdebench.simulate import fixed_start, linear, mixture, separable, sine
 from sdebench.simulate.jit import OPTIONS
 from sdebench.simulate.linear import LinearWork, PreparedLinear
@@ -25,6 +26,8 @@ from sdebench.simulate.mixture import MixtureWork, PreparedMixture
 from sdebench.simulate.separable import PreparedSeparable, SeparableWork
 from sdebench.simulate.sine import PreparedSine, SineWork
 from sdebench.simulate.tables import (
+    ONLY_TORCH,
+    FunctionTables,
     LinearTables,
     MixtureTables,
     SineTables,
@@ -50,7 +53,7 @@ def prepare(tables: Tables, dtype: DTypeLike) -> Prepared:
 
     Parameters
     ----------
-    tables : LinearTables, MixtureTables, SineTables or SeparableTables
+    tables : of any kind but `FunctionTables`, which torch alone simulates
     dtype : float64 or float32
         Precision of the whole simulation.
     """
@@ -60,6 +63,8 @@ def prepare(tables: Tables, dtype: DTypeLike) -> Prepared:
         return mixture.prepare_mixture(tables, dtype)
     if isinstance(tables, SineTables):
         return sine.prepare_sine(tables, dtype)
+    if isinstance(tables, FunctionTables):
+        raise NotApplicableError(ONLY_TORCH)
     return separable.prepare_separable(tables, dtype)
 
 

@@ -1,6 +1,6 @@
 """Coefficient tables: all that a simulation backend needs to know of a problem.
 
-A problem fills one of three tables on a time grid of ``n_steps`` steps; the numba
+A problem fills one of the tables on a time grid of ``n_steps`` steps; the numba
 kernels and the torch functions evaluate the same table.  One step of either family
 is written with the control in **noise units**, w, the shift of the standard normal z:
 
@@ -24,10 +24,13 @@ P = n_params.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = NDArray[Any]
 
@@ -193,7 +196,54 @@ class SeparableTables(NamedTuple):
         return np.ascontiguousarray(self.base[:, :, 0])
 
 
-Tables = LinearTables | MixtureTables | SineTables | SeparableTables
+ONLY_TORCH = (
+    "the problem is made of torch functions, which the numba kernels cannot call; use "
+    "backend torch"
+)
+
+
+class StepFunctions(Protocol):
+    """What `FunctionTables` simulate, functions of torch tensors x (n, d) and a time.
+
+    They must be differentiable where an estimator asks for derivatives.
+    """
+
+    def drift_function(self, x: Tensor, t: float) -> Tensor:
+        """Return the base drift (n, d)."""
+
+    def control_features(self, x: Tensor, t: float) -> Tensor:
+        """Return the derivatives of the control u in theta, (P, n, d)."""
+
+    def running_cost_function(self, x: Tensor, t: float) -> Tensor:
+        """Return the running cost f (n,)."""
+
+    def reward_function(self, x: Tensor) -> Tensor:
+        """Return the reward (n,)."""
+
+
+class FunctionTables(NamedTuple):
+    """Functions instead of coefficients, for torch alone (class M).
+
+    base mean(x) = x + h_n b(x, t_n);   w_n(x) = sqrt(h_n) sum_p theta_p psi_p(x, t_n);
+    running cost of step n: h_n f(x, t_n);   X_0 = m_0 + L_0 z.
+    """
+
+    functions: StepFunctions
+    theta: Array  # (P,)
+    times: Array  # (N + 1,)
+    noise: Array  # (N, d, d)  G_n
+    start_mean: Array  # (d,)   m_0
+    start_factor: Array  # (d, d) L_0; zero for a fixed start
+    noisy: Array = np.zeros(0)  # (N,) or empty
+    denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
+
+    @property
+    def offset(self) -> Array:
+        """An array of one row per step, (N, d), as the other tables have it."""
+        return np.zeros(self.noise.shape[:2])
+
+
+Tables = LinearTables | MixtureTables | SineTables | SeparableTables | FunctionTables
 
 
 def noise_mask(tables: Tables) -> Array:
@@ -205,7 +255,7 @@ def noise_mask(tables: Tables) -> Array:
 def noise_is_invertible(tables: Tables) -> bool:
     """Return whether the noise of every step reaches every direction."""
     noise = tables.noise
-    if isinstance(tables, LinearTables | SineTables):
+    if isinstance(tables, LinearTables | SineTables | FunctionTables):
         return bool(np.all(np.linalg.matrix_rank(noise) == noise.shape[-1]))
     return bool(np.all(noise != 0.0))
 

@@ -7,6 +7,7 @@ differentiable torch operations, so autograd through x works as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sdebench.simulate.tables import (
     TINY,
+    FunctionTables,
     LinearTables,
     MixtureTables,
     SeparableTables,
@@ -478,6 +480,80 @@ def _horner(coefficients: Tensor, y: Tensor) -> Tensor:
     return value + torch.zeros_like(y)
 
 
+class TorchFunctions:
+    """`FunctionTables`: derivatives are by automatic differentiation."""
+
+    def __init__(self, tables: FunctionTables, dtype: torch.dtype, device: str) -> None:
+        def tensor(values: Any) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self._functions = tables.functions
+        self._times = [float(t) for t in tables.times]
+        self._steps = [float(h) for h in np.diff(tables.times)]
+        self._theta, self._noise = tensor(tables.theta), tensor(tables.noise)
+        self._mean, self._factor = (
+            tensor(tables.start_mean),
+            tensor(tables.start_factor),
+        )
+        self.n_steps, self.dim = tables.noise.shape[:2]
+        self.n_params = len(tables.theta)
+
+    def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
+        return self._mean + normals @ self._factor.T
+
+    def _features(self, n: int, x: Tensor) -> Tensor:
+        features = self._functions.control_features(x, self._times[n])
+        return self._steps[n] ** 0.5 * features
+
+    def control(self, n: int, x: Tensor) -> Tensor:
+        return torch.tensordot(self._theta, self._features(n, x), 1)
+
+    def base_mean(self, n: int, x: Tensor) -> Tensor:
+        drift = self._functions.drift_function(x, self._times[n])
+        return x + self._steps[n] * drift
+
+    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+        return v @ self._noise[n].T
+
+    def noise_transpose(self, n: int, v: Tensor) -> Tensor:
+        return v @ self._noise[n]
+
+    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        return _product(lambda y: self.base_mean(n, y), x, v)
+
+    def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        return _product(lambda y: self.control(n, y), x, v)
+
+    def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        return (self._features(n, x) * v).sum(2).T
+
+    def running_cost(self, n: int, x: Tensor) -> Tensor:
+        cost = self._functions.running_cost_function(x, self._times[n])
+        return self._steps[n] * cost
+
+    def running_cost_gradient(self, n: int, x: Tensor) -> Tensor:
+        return _product(lambda y: self.running_cost(n, y), x, x.new_ones(len(x)))
+
+    def reward(self, x: Tensor) -> Tensor:
+        return self._functions.reward_function(x)
+
+    def reward_gradient(self, x: Tensor) -> Tensor:
+        return _product(self._functions.reward_function, x, x.new_ones(len(x)))
+
+
+def _product(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    """Return (d function / dx)^T v at x; zero where it does not depend on x."""
+    at = x if x.requires_grad else x.detach().requires_grad_()
+    with torch.enable_grad():
+        value = function(at)
+        if not value.requires_grad:
+            return torch.zeros_like(x)
+        (found,) = torch.autograd.grad(
+            value, at, v, create_graph=x.requires_grad, allow_unused=True
+        )
+    return torch.zeros_like(x) if found is None else found
+
+
 def torch_family(tables: Tables, dtype: str, device: str) -> TorchFamily:
     """Return the torch functions of a table, in "float64" or "float32"."""
     torch_dtype = getattr(torch, dtype)
@@ -487,4 +563,6 @@ def torch_family(tables: Tables, dtype: str, device: str) -> TorchFamily:
         return TorchMixture(tables, torch_dtype, device)
     if isinstance(tables, SineTables):
         return TorchSine(tables, torch_dtype, device)
+    if isinstance(tables, FunctionTables):
+        return TorchFunctions(tables, torch_dtype, device)
     return TorchSeparable(tables, torch_dtype, device)

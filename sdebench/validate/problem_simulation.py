@@ -20,6 +20,7 @@ from sdebench.measure.cell import ROUNDING, make_request, refusal
 from sdebench.measure.intervals import bias_test
 from sdebench.problem import Problem
 from sdebench.simulate.paths import Paths, simulate
+from sdebench.simulate.tables import ONLY_TORCH
 from sdebench.validate.problem_checks import (
     Array,
     Comparison,
@@ -302,6 +303,8 @@ def check_backends(
     Those that cannot run on the problem, or have no kernel, are left out; so are
     regressions on more coordinates than they have paths.
     """
+    if "numba" not in problem.backends:
+        raise NotApplicableError(ONLY_TORCH)
     request = make_request(problem, n_steps=n_steps, n_paths=n_paths)
     every = [registry.estimator(name) for name in registry.estimator_names()]
     few = problem.dim >= GROUP
@@ -397,7 +400,7 @@ def _contributions(
         problem.theta(point),
         problem.time_grid(n_steps),
         n_paths=n_paths,
-        backend="numba",
+        backend=problem.backends[0],
         dtype="float64",
         device="cpu",
         seed=seed,

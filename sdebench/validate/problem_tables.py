@@ -12,6 +12,7 @@ from sdebench.closed_form import log_quadratics as lq
 from sdebench.errors import NotApplicableError
 from sdebench.problem import Problem
 from sdebench.simulate.tables import (
+    FunctionTables,
     LinearTables,
     MixtureTables,
     SeparableTables,
@@ -32,6 +33,10 @@ from sdebench.validate.problem_checks import (
 
 def table_step(tables: Tables, n: int, x: Array) -> tuple[Array, Array, Array]:
     """Return base mean (m, d), noise matrix (d, d) and w (m, d) of step n, in numpy."""
+    if isinstance(tables, FunctionTables):
+        family, states = _functions(tables, x)
+        mean, w = family.base_mean(n, states), family.control(n, states)
+        return mean.numpy(), tables.noise[n], w.numpy()
     if isinstance(tables, LinearTables):
         return (
             x @ tables.transition[n].T + tables.offset[n],
@@ -56,6 +61,15 @@ def table_step(tables: Tables, n: int, x: Array) -> tuple[Array, Array, Array]:
     mean = tables.scale[n] * x + tables.offset[n] + tables.base_gain[n] * base
     w = tables.control_gain[n] * (_score(tables.tilted[n], x) - base)
     return mean, tables.noise[n] * np.eye(x.shape[1]), w
+
+
+def _functions(tables: FunctionTables, x: Array) -> tuple[Any, Any]:
+    """Return the functions in torch and the states as a tensor."""
+    import torch
+
+    from sdebench.simulate.torch_family import torch_family
+
+    return torch_family(tables, "float64", "cpu"), torch.tensor(x)
 
 
 def _extended(tables: SineTables, x: Array) -> Array:
@@ -86,6 +100,9 @@ def _wave(tables: SeparableTables, n: int, s: Array) -> Array:
 
 def table_running_cost(tables: Tables, n: int, x: Array) -> Array:
     """Return the running cost of step n (m,), its length included."""
+    if isinstance(tables, FunctionTables):
+        family, states = _functions(tables, x)
+        return np.asarray(family.running_cost(n, states))
     if isinstance(tables, MixtureTables):
         return np.zeros(len(x))
     if isinstance(tables, LinearTables):
@@ -104,6 +121,9 @@ def table_running_cost(tables: Tables, n: int, x: Array) -> Array:
 
 def table_reward(tables: Tables, x: Array) -> Array:
     """Return r (m,)."""
+    if isinstance(tables, FunctionTables):
+        family, states = _functions(tables, x)
+        return np.asarray(family.reward(states))
     if isinstance(tables, MixtureTables):
         return lq.log_value(tables.reward, x)
     if isinstance(tables, SeparableTables):
@@ -207,6 +227,9 @@ def check_parameter_tables(
 
 def _control_derivative(tables: Tables, n: int, p: int, x: Array) -> Array:
     """Return dw_n/dtheta_p (m, d)."""
+    if isinstance(tables, FunctionTables):
+        one = tables._replace(theta=np.eye(len(tables.theta))[p])
+        return table_step(one, n, x)[2]
     if isinstance(tables, LinearTables):
         basis = tables.basis[p, :, n]
         gain = np.einsum("s,sij->ij", basis, tables.feature_gain[:, n])
