@@ -66,16 +66,16 @@ r(x) &= \sum_i \log \left( \text{floor} + (x_i - \text{valley})^2 \right), \quad
 \end{aligned}"""
     hardness: ClassVar[str] = (
         "The state lives in an interval, at whose ends the noise vanishes and its "
-        "derivative is singular; the reward has a valley between them."
+        "derivative is singular; it starts in a valley of the reward."
     )
 
     dim: int = 1
     rate: float = 2.0
     level: float = 0.5
-    noise_level: float = 0.7
+    noise_level: float = 0.6
     floor: float = 0.01
-    valley: float = 0.5
-    start: float = 0.4
+    valley: float = 0.3
+    start: float = 0.3
     horizon: float = 1.0
 
     def __post_init__(self) -> None:

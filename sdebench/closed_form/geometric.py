@@ -31,10 +31,9 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import dawsn, digamma, gammaln, hyp1f1, ndtr
+from scipy.special import dawsn, digamma, gammaln, hyp1f1, ndtr, pbdv
 
 from sdebench.closed_form.grid_chain import PolicyAnswers
-from sdebench.errors import NotExactError
 
 Array = NDArray[np.float64]
 
@@ -69,19 +68,28 @@ def log_mean_bend(c: float) -> float:
     return float(1.0 - c * log_mean_slope(c))
 
 
-def log_power_mean(c: float, power: float) -> float:
-    """Return log E |c + z|^p."""
-    constant = 0.5 * power * np.log(2.0) + gammaln(0.5 * (1.0 + power))
-    constant -= gammaln(0.5)
-    if abs(c) <= FAR:
-        series = np.log(hyp1f1(-0.5 * power, 0.5, -0.5 * c * c))
-        return float(constant + series)
-    # |c|^p sum_k (p choose 2k) (2k - 1)!! / c^{2k}
-    total, term = 1.0, 1.0
+def log_power_mean(c: float, power: float) -> tuple[float, float]:
+    """Return log E |c + z|^p and its derivative in c > 0."""
+    if c <= FAR:
+        half, start = -0.5 * c * c, -0.5 * power
+        level = hyp1f1(start, 0.5, half)
+        slope = power * c * hyp1f1(start + 1.0, 1.5, half) / level
+        constant = 0.5 * power * np.log(2.0) + gammaln(0.5 + 0.5 * power)
+        return float(constant - gammaln(0.5) + np.log(level)), float(slope)
+    # c^p sum_k (p choose 2k) (2k - 1)!! / c^{2k}
+    total, bend, term = 1.0, 0.0, 1.0
     for k in range(1, 20):
         term *= (power - 2 * k + 2) * (power - 2 * k + 1) / (2 * k * c * c)
-        total += term
-    return float(power * np.log(abs(c)) + np.log(total))
+        total, bend = total + term, bend - 2 * k * term
+    return power * np.log(c) + np.log(total), (power + bend / total) / c
+
+
+def tilted_flip(c: float, power: float) -> float:
+    """Return the probability of c + z < 0, c > 0, under the tilt by |c + z|^p."""
+    cylinder = pbdv(-power - 1.0, c)[0]
+    below = np.log(max(cylinder, 1e-300)) + gammaln(power + 1.0) - 0.25 * c * c
+    below -= 0.5 * np.log(2.0 * np.pi)
+    return float(np.exp(below - log_power_mean(c, power)[0]))
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,7 @@ class Geometric:
         """Return log E |X_N|^p without control."""
         noise, centre = self._steps(times)
         logs = np.log(noise) * self.power
-        means = np.vectorize(log_power_mean)(centre, self.power)
+        means = np.vectorize(log_power_mean)(centre, self.power)[0]
         return float(self.power * np.log(self.start) + np.sum(logs + means))
 
     def _chain_controls(self, times: Array) -> Array:
@@ -223,10 +231,18 @@ class Geometric:
         return float(cost - self.power * np.log(self.start)), float(distance)
 
     def chain_cross_entropy_gradient(self, theta: Array, times: Array) -> Array:
-        """Not known: the tilted chain has its own probabilities of a change of sign."""
-        raise NotExactError(
-            "the Euler-Maruyama chain under the tilted law has no closed form here"
-        )
+        """Return E*_N sum_n (dw_n/dtheta) (w_n - E*[z_n | X_n]), z_n of the base.
+
+        E*[z_n | X_n] is the sign of X_n times the slope of log E |c + z|^p, and both
+        signs change with the same probability q: the mean of the sign is a product of
+        1 - 2 q.
+        """
+        f = np.sqrt(np.diff(times))[:, None] * self.profiles(times[:-1])
+        _, centre = self._steps(times)
+        slope = np.vectorize(log_power_mean)(centre, self.power)[1]
+        flip = np.vectorize(tilted_flip)(centre, self.power)
+        sign = np.cumprod(np.append(1.0, 1.0 - 2.0 * flip[:-1]))
+        return np.asarray((f @ theta - slope * sign) @ f)
 
     def chain_error(self, theta: Array, times: Array) -> float:
         """Return 0: the chain's answers are exact."""

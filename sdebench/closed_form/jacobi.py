@@ -217,7 +217,8 @@ class Jacobi:
         """Return mean and variance of X_t under u*: E[X^k h(X, t)] / h."""
         h, found = self.h(t), []
         for power in np.eye(3):
-            moved = replace(self, coefficients=polynomial.polymul(power, h), horizon=t)
+            product = np.asarray(polynomial.polymul(power, h), np.float64)
+            moved = replace(self, coefficients=product, horizon=t)
             found.append(polynomial.polyval(self.start, moved.h(0.0)))
         mean = found[1] / found[0]
         return float(mean), float(found[2] / found[0] - mean**2)

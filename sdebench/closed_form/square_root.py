@@ -67,7 +67,7 @@ class SquareRoot:
     levels: ClassVar[tuple[int, int]] = PANELS
 
     # ---- h --------------------------------------------------------------------------
-    def exponents(self, t: Array) -> tuple[Array, Array]:
+    def exponents(self, t: Array | float) -> tuple[Array, Array]:
         """Return phi and psi at times t."""
         left = self.horizon - np.asarray(t)
         square = self.noise**2
@@ -82,7 +82,8 @@ class SquareRoot:
 
     def control(self, x: Array, t: float) -> Array:
         """Return u*."""
-        return -self.noise * np.sqrt(np.maximum(x, 0.0)) * self.exponents(t)[1]
+        psi = self.exponents(t)[1]
+        return np.asarray(-self.noise * psi * np.sqrt(np.maximum(x, 0.0)))
 
     # ---- continuous time ------------------------------------------------------------
     def _panels(self, end: float, n_panels: int) -> tuple[Array, Array, float]:

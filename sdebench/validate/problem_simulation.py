@@ -190,7 +190,7 @@ def check_log_weights(
     tolerance: float = 0.1,
     faster: float = 0.0,
 ) -> Comparison:
-    """log_weight + V(X_0, t_0) tends to 0 at order 1 (u* and noise free of x) or 1/2.
+    """log_weight + V(X_0, t_0) tends to 0 at order 1 (grad V free of x) or 1/2.
 
     Root mean squares at N = 128 ... 1024.  The next term is of relative size
     sqrt(h), at most a few per cent on this ladder, and the root mean square of 4096
@@ -201,9 +201,11 @@ def check_log_weights(
     x = starts(problem, n_paths, seed)
     start = problem.time_span[0]
     value = problem.truth.value(x, start)
-    u = problem.truth.control(x + np.linspace(0, 1, n_paths)[:, None], start)
-    constant = np.ptp(u, axis=0).max() < 1e-12 and not problem.noise_depends_on_state
-    order = 1.0 if constant else 0.5
+    states = x + np.linspace(0, 1, n_paths)[:, None]
+    u = problem.truth.control(states, start)
+    if problem.noise_depends_on_state:  # -grad V, the noise being diagonal
+        u = u / np.diagonal(problem.diffusion_at(states, start), axis1=1, axis2=2)
+    order = 1.0 if np.ptp(u, axis=0).max() < 1e-12 else 0.5
     ladder = np.array([128, 256, 512, 1024])
     size = []
     for n_steps in ladder:
