@@ -9,7 +9,7 @@ theta_1 s), s = 2 t / T - 1, theta* = (1, 0): the drift stays affine, and J and 
 gradient are integrals over the mean of X_t, see `sdebench.closed_form.square_root`.
 The defaults keep the process away from 0, where the derivative of the noise is
 singular; the Euler-Maruyama chain has exact answers as long as it does not get there
-(with the defaults from 7 steps on).
+(with the defaults from 3 steps on).
 
 Source: Cox, Ingersoll and Ross 1985, 10.2307/1911242, bond price; full truncation Euler
 of Lord, Koekkoek and van Dijk 2010, 10.1080/14697680802392496, in the noise.  The
@@ -64,7 +64,7 @@ r(x) &= -\text{tilt} \sum_i x_i, \quad f = 0
     dim: int = 1
     rate: float = 1.0
     level: float = 2.0
-    xi: float = 0.3
+    xi: float = 0.2
     tilt: float = 4.0
     start: float = 2.0
     horizon: float = 1.0
