@@ -152,8 +152,9 @@ class PearsonTruth(CertifiedTruth):
 
         Parameters
         ----------
-        what : "policy" (`PolicyAnswers`), or of the N-step chain "tilt" (log Z) and
-            "best" (the least cost, and the square of the distance from u*_N).
+        what : "policy" (`PolicyAnswers`), "cross_entropy" (its gradient), or of the
+            N-step chain "tilt" (log Z) and "best" (the least cost, and the square of
+            the distance from u*_N).
         """
         line = self._problem.line
         found: Any
@@ -164,6 +165,11 @@ class PearsonTruth(CertifiedTruth):
             else:
                 policy = line.chain(theta, times)
             found = policy.stacked()
+        elif what == "cross_entropy":
+            if times is None:
+                found = line.cross_entropy_gradient(theta, line.levels[level])
+            else:
+                found = line.chain_cross_entropy_gradient(theta, times)
         elif what == "tilt":
             found = line.chain_log_normalizer(times)
         else:
@@ -196,13 +202,8 @@ class PearsonTruth(CertifiedTruth):
         self, theta: Any, n_steps: Steps = None, scheme: str = EULER
     ) -> Array:
         check_scheme(scheme)
-        problem, theta = self._problem, self._problem.theta(theta)
-        if n_steps is None:
-            found = problem.line.cross_entropy_gradient(theta)
-        else:
-            times = problem.time_grid(n_steps)
-            found = problem.line.chain_cross_entropy_gradient(theta, times)
-        return np.asarray(problem.dim * found)
+        theta = self._problem.theta(theta)
+        return self._remembered("cross_entropy", theta, n_steps).copy()
 
     def discrete_control(self, x: Array, step: int, n_steps: int) -> Array:
         times = self._problem.time_grid(n_steps)
@@ -212,18 +213,19 @@ class PearsonTruth(CertifiedTruth):
     def error_bound(
         self, quantity: str, theta: Any = None, n_steps: Steps = None
     ) -> float:
+        problem = self._problem
+        chosen = problem.theta("optimum" if theta is None else theta)
+        if quantity == "cross_entropy_gradient":
+            return float(np.linalg.norm(self._bound("cross_entropy", chosen, n_steps)))
         if n_steps is not None and quantity in ("optimal_cost", "control_error"):
-            theta = self._problem.theta("optimum" if theta is None else theta)
-            bounds = self._bound("best", theta, n_steps)
+            bounds = self._bound("best", chosen, n_steps)
             if quantity == "optimal_cost":
                 return float(bounds[0])
-            return root_bound(self.control_error(theta, n_steps), float(bounds[1]))
+            return root_bound(self.control_error(chosen, n_steps), float(bounds[1]))
         bound = super().error_bound(quantity, theta, n_steps)
         if n_steps is None or quantity == "log_normalizer":
             return bound
-        problem = self._problem
-        theta = problem.theta("optimum" if theta is None else theta)
-        error = problem.line.chain_error(theta, problem.time_grid(n_steps))
+        error = problem.line.chain_error(chosen, problem.time_grid(n_steps))
         return bound + float(problem.dim * error)
 
     # ---- functions of state and time ------------------------------------------------

@@ -140,7 +140,7 @@ class Geometric:
             matching_gradient=self.gram @ theta + pull,
         )
 
-    def cross_entropy_gradient(self, theta: Array) -> Array:
+    def cross_entropy_gradient(self, theta: Array, level: None = None) -> Array:
         """Return E* int (du/dtheta) (u - u*) dt."""
         return np.asarray(self.gram @ theta - self.best * self.total)
 

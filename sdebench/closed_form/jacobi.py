@@ -200,7 +200,7 @@ class Jacobi:
             matching_gradient=matching,
         )
 
-    def cross_entropy_gradient(self, theta: Array) -> Array:
+    def cross_entropy_gradient(self, theta: Array, count: int) -> Array:
         """Not known."""
         raise NotExactError("the tilted path law has no closed gradient here")
 

@@ -131,9 +131,9 @@ class SquareRoot:
             matching_gradient=gradient(k + lean),
         )
 
-    def cross_entropy_gradient(self, theta: Array) -> Array:
+    def cross_entropy_gradient(self, theta: Array, n_panels: int) -> Array:
         """Return E* int (du/dtheta) (u - u*) dt."""
-        t, weights, width = self._panels(self.horizon, PANELS[0])
+        t, weights, width = self._panels(self.horizon, n_panels)
         f, best = self.profiles(t), -self.exponents(t)[1]
         mean = self._mean(best, width)[0]
         gap = self.noise**2 * mean * (f @ theta - best)
