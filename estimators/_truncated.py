@@ -66,11 +66,12 @@ def window_kernel(
                 longest - least + 1, longest - shortest + 1
             )
         primitives.refresh(prepared, work, n, X[n], B)
-        primitives.noise_transpose(prepared, work, n, A, V, B)
+        primitives.noise_transpose_at(prepared, work, n, X[n], A, V, B)
         combine(1.0, V, costs, W[n], V, B)
         select(length, least, N, weight, V, NEXT, B)
         primitives.control_parameter_vjp(prepared, work, n, X[n], NEXT, OUT, 0, B)
         primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
+        primitives.noise_vjp(prepared, work, n, X[n], W[n], Z[n], A, NEXT, B)
         primitives.control_vjp(prepared, work, n, X[n], V, NEXT, B)
         if costs > 0.0:
             primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)

@@ -83,6 +83,10 @@ class Wrapper(CompositeEstimator):
         return self.inner.has_target
 
     @property
+    def handles_state_dependent_noise(self) -> bool:
+        return self.inner.handles_state_dependent_noise
+
+    @property
     def backends(self) -> tuple[str, ...]:
         return self.inner.backends
 

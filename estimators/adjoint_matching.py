@@ -64,13 +64,14 @@ def block_kernel(
     combine(-1.0, A, 0.0, A, A, B)
     for n in range(N - 1, -1, -1):
         primitives.refresh(prepared, work, n, X[n], B)
-        primitives.noise_transpose(prepared, work, n, A, V, B)
+        primitives.noise_transpose_at(prepared, work, n, X[n], A, V, B)
         combine(1.0, V, 1.0, W[n], V, B)
         if full:
             primitives.adjoint(prepared, work, n, X[n], A, V, NEXT, OUT, B)
         else:
             primitives.control_parameter_vjp(prepared, work, n, X[n], V, OUT, 0, B)
             primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
+        primitives.noise_vjp(prepared, work, n, X[n], W[n], Z[n], A, NEXT, B)
         primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
         A, NEXT = NEXT, A
     primitives.start_cost_gradient(prepared, work, 1.0, OUT, B)
@@ -139,6 +140,10 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
         return True
 
     @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return (self._full,)
 
@@ -148,9 +153,11 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
         gradient = adjoint.new_zeros(view.n_paths, view.n_params)
         for n in reversed(range(view.n_steps)):
             x = paths.states[n]
-            residual = paths.controls[n] + view.noise_transpose(n, adjoint)
+            residual = paths.controls[n] + view.noise_transpose(n, adjoint, x)
             gradient = gradient + view.control_parameter_vjp(n, x, residual)
-            adjoint = view.base_vjp(n, x, adjoint) + view.running_cost_gradient(n, x)
+            shock = paths.controls[n], paths.noises[n]
+            adjoint = view.base_vjp(n, x, adjoint, *shock)
+            adjoint = adjoint + view.running_cost_gradient(n, x)
             if self._full:
                 adjoint = adjoint + view.control_vjp(n, x, residual)
         if view.has_start_parameters:

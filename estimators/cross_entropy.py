@@ -82,6 +82,10 @@ g &= \frac{\sum_{m=1}^{M} \alpha^{(m)} s^{(m)}}{\sum_{m=1}^{M} \alpha^{(m)}}
     def group_size(self, n_paths: int) -> int:
         return n_paths
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def run(self, runner: Runner) -> Array:
         if self.proposal == "given":
             (rows,) = runner.run(Scores())

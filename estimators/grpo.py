@@ -169,6 +169,10 @@ g &= -\frac{1}{G} \sum_{i=1}^{G} A_i \sum_{n \in W} \left(
         mask = self.noisy_steps(policy.chain.n_steps)
         return factor * policy.gradient(reward_only=True, step_weights=mask)
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def run(self, runner: Runner) -> Array:
         noise = runner.noise()
         if self.version in SHARED_START:

@@ -94,6 +94,10 @@ g &= \frac{1}{M - 1} \sum_{m=1}^{M} \left( \ell^{(m)} - \bar\ell \right)
             return policy.gradient()
         return policy.log_variance_gradient(self.sampling)
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def run(self, runner: Runner) -> Array:
         count = runner.n_params
         if self.sampling == "current":

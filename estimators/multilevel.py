@@ -13,9 +13,9 @@ the last step of an odd number stays alone, and the start is the same.  The answ
 that of the finest grid, without bias, whatever the number of levels.
 
 A difference has a variance of order h^2 for pathwise derivatives (Euler-Maruyama has
-strong order one, since the noise does not depend on the state) and of order h in
-general for likelihood ratios, whose stochastic integrals converge like sqrt(h).  The
-least cost for a variance V_l and a cost of 1/h_l per path has n_l proportional to
+strong order one, where the noise does not depend on the state) and of order h in
+general and for likelihood ratios, whose stochastic integrals converge like sqrt(h).
+The least cost for a variance V_l and a cost of 1/h_l per path has n_l proportional to
 sqrt(V_l h_l), h^{3/2} or h.  Numbers of paths that are estimated on the same paths
 would bias the answer: they are fixed, n_l proportional to 2^{-exponent} from each grid
 to the next finer one.

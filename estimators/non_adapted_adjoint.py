@@ -71,10 +71,11 @@ def block_kernel(
             coefficients = fit_slice(X[n + 1], A, count, factors, mean, scale)
             fill_values(X[n + 1], count, factors, mean, scale, coefficients, phi)
         primitives.refresh(prepared, work, n, X[n], B)
-        primitives.noise_transpose(prepared, work, n, phi, V, B)
+        primitives.noise_transpose_at(prepared, work, n, X[n], phi, V, B)
         combine(1.0, V, 1.0, W[n], V, B)
         primitives.control_parameter_vjp(prepared, work, n, X[n], V, OUT, 0, B)
         primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
+        primitives.noise_vjp(prepared, work, n, X[n], W[n], Z[n], A, NEXT, B)
         primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
         A, NEXT = NEXT, A
     if primitives.has_start_parameters(prepared):
@@ -132,6 +133,10 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
         return True
 
     @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return (self.degree,)
 
@@ -150,9 +155,11 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
             phi = adjoint
             if n < view.n_steps - 1:
                 phi = Slice.fit(later, adjoint, self.degree)(later)
-            direction = paths.controls[n] + view.noise_transpose(n, phi)
+            direction = paths.controls[n] + view.noise_transpose(n, phi, x)
             gradient = gradient + view.control_parameter_vjp(n, x, direction)
-            adjoint = view.base_vjp(n, x, adjoint) + view.running_cost_gradient(n, x)
+            shock = paths.controls[n], paths.noises[n]
+            adjoint = view.base_vjp(n, x, adjoint, *shock)
+            adjoint = adjoint + view.running_cost_gradient(n, x)
         if view.has_start_parameters:
             x = paths.states[0]
             phi = Slice.fit(x, adjoint, self.degree)(x)

@@ -119,6 +119,10 @@ g_{\mathrm{full}} &= g_{\mathrm{detached}} + \sum_n \left(
     def target(self, policy: PolicyChain) -> Array:
         return policy.distillation_gradient(detached=self.gradient == "detached")
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def statistics(self, view: View) -> Tensor:
         assert view.other is not None
         paths = view.rollout()

@@ -77,5 +77,9 @@ class PathImportanceSampling(Estimator):
     def n_statistics(self, n_params: int) -> int:
         return 1
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def statistics(self, view: View) -> Tensor:
         return view.rollout().log_weight[:, None]

@@ -8,7 +8,9 @@ For one path with cost J = sum_n (1/2 |w_n|^2 + f_n) - r(X_N) and fixed noise,
     lambda_n = (d base mean_n/dx)^T lambda_{n+1} + (dw_n/dx)^T v_n + grad f_n,
 
 the exact derivative of the discretised path, whose mean is the exact gradient of the
-discretised objective.  Of the reward alone, w_n and f_n leave the costs.
+discretised objective.  Of the reward alone, w_n and f_n leave the costs.  Where the
+noise depends on the state, d base mean_n/dx is that of base mean_n + G_n(x) (w_n + z_n)
+with w_n + z_n held fixed.
 
 Sticking the landing adds the martingale sum w_n . z_n to the cost, so that the cost is
 the log-ratio of the path's density to the tilted one, and leaves out the score
@@ -73,7 +75,7 @@ def block_kernel(
     combine(-1.0, A, 0.0, A, A, B)
     for n in range(N - 1, -1, -1):
         primitives.refresh(prepared, work, n, X[n], B)
-        primitives.noise_transpose(prepared, work, n, A, V, B)
+        primitives.noise_transpose_at(prepared, work, n, X[n], A, V, B)
         combine(1.0, V, costs, W[n], V, B)
         if martingale:
             primitives.control_parameter_vjp(prepared, work, n, X[n], V, OUT, 0, B)
@@ -82,6 +84,7 @@ def block_kernel(
             primitives.control_vjp(prepared, work, n, X[n], V, NEXT, B)
         else:
             primitives.adjoint(prepared, work, n, X[n], A, V, NEXT, OUT, B)
+        primitives.noise_vjp(prepared, work, n, X[n], W[n], Z[n], A, NEXT, B)
         if costs > 0.0:
             primitives.running_cost_gradient(prepared, work, n, X[n], NEXT, B)
         A, NEXT = NEXT, A
@@ -157,6 +160,10 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
         return True
 
     @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return float(self.objective == "control"), self.sticking_the_landing
 
@@ -166,13 +173,14 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top v_n
         gradient = costate.new_zeros(view.n_paths, view.n_params)
         for n in reversed(range(view.n_steps)):
             x = paths.states[n]
-            v = view.noise_transpose(n, costate)
+            v = view.noise_transpose(n, costate, x)
             if costs:
                 v = v + paths.controls[n]
             gradient = gradient + view.control_parameter_vjp(n, x, v)
             if self.sticking_the_landing:
                 v = v + paths.noises[n]
-            costate = view.base_vjp(n, x, costate) + view.control_vjp(n, x, v)
+            shock = paths.controls[n], paths.noises[n]
+            costate = view.base_vjp(n, x, costate, *shock) + view.control_vjp(n, x, v)
             if costs:
                 costate = costate + view.running_cost_gradient(n, x)
         if not view.has_start_parameters:

@@ -122,6 +122,10 @@ g &= -\nabla_\theta \sum_n \min \left( \rho_n A,\,
             return factor * policy.gradient(reward_only=True)
         return factor * step_surrogate(policy, self.old_factor)
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def run(self, runner: Runner) -> Array:
         mean_over = runner.dim if self.log_probability == "mean" else 1
         clip = self.clip or math.inf

@@ -214,6 +214,10 @@ g &= (c - b)\,S + D \quad \text{or, with reward-to-go,} \quad
         return True
 
     @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
+    @property
     def kernel_options(self) -> tuple[int | float, ...]:
         return MODES[self.baseline], self._own, int(self.reward_to_go)
 

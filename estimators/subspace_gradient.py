@@ -122,6 +122,10 @@ M &= \sum_{i \le m} v_i v_i^\top, \quad
     def group_size(self, n_paths: int) -> int:
         return n_paths
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def target(self, policy: PolicyChain) -> Array:
         smoothed = smoothed_target(policy, self.objective, self.smoothing, "gaussian")
         return self._matrix(policy.theta) @ smoothed

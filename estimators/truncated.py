@@ -159,6 +159,10 @@ D_n(x) &= E[X_N \mid X_n = x], \quad
         return self._denoises
 
     @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         derivatives = {"control_parameter_vjp", "reward_gradient"}
         if not self._denoises:
@@ -237,7 +241,7 @@ D_n(x) &= E[X_N \mid X_n = x], \quad
             length = _draw(view, 1, n_steps)
         for n in reversed(range(n_steps - longest, n_steps)):
             x, least = paths.states[n], n_steps - n
-            v = view.noise_transpose(n, costate)
+            v = view.noise_transpose(n, costate, x)
             if self._costs:
                 v = v + paths.controls[n]
             weighted = v
@@ -246,7 +250,8 @@ D_n(x) &= E[X_N \mid X_n = x], \quad
             if self.method == "russian_roulette":
                 weighted = weighted * (n_steps / (n + 1))
             gradient = gradient + view.control_parameter_vjp(n, x, weighted)
-            costate = view.base_vjp(n, x, costate) + view.control_vjp(n, x, v)
+            shock = paths.controls[n], paths.noises[n]
+            costate = view.base_vjp(n, x, costate, *shock) + view.control_vjp(n, x, v)
             if self._costs:
                 costate = costate + view.running_cost_gradient(n, x)
         return gradient

@@ -136,6 +136,10 @@ c &= \sum_n \left( \tfrac{1}{2} |w_n|^2 + f_n \right) - r(X_N)
     def target(self, policy: PolicyChain) -> Array:
         return smoothed_target(policy, self.objective, self.smoothing, self.directions)
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def run(self, runner: Runner) -> Array:
         rng, noise = runner.rng(), runner.noise()
         size = self.group_size(runner.n_paths)

@@ -194,6 +194,16 @@ class Estimator(ABC):
         return False
 
     @property
+    def handles_state_dependent_noise(self) -> bool:
+        """Whether it is right where the noise G_n(x) depends on the state.
+
+        It is for estimators that use no derivative of a step and G_n nowhere; others
+        need the state in `View.noise_transpose` and w + z in `View.base_vjp`, or the
+        primitives `noise_transpose_at` and `noise_vjp`.
+        """
+        return False
+
+    @property
     def needs_denoiser(self) -> bool:
         """Whether it needs the tables' ``denoiser``."""
         return False

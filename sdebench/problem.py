@@ -138,7 +138,14 @@ class Problem(ABC):
 
     @abstractmethod
     def diffusion(self, t: float) -> Array:
-        """Return sigma(t), (d, d)."""
+        """Return sigma(t), (d, d).
+
+        Of noise that depends on the state: at X_0; see `diffusion_at`.
+        """
+
+    def diffusion_at(self, x: Array, t: float) -> Array:
+        """Return sigma(x, t), (..., d, d), for x (..., d); diagonal if it varies."""
+        return np.broadcast_to(self.diffusion(t), (*x.shape, x.shape[-1]))
 
     @abstractmethod
     def running_cost(self, x: Array, t: float) -> Array:
@@ -186,6 +193,11 @@ class Problem(ABC):
     def has_start_parameters(self) -> bool:
         """Whether theta moves the law of X_0 as well."""
         return False
+
+    @property
+    def noise_depends_on_state(self) -> bool:
+        """Whether sigma is a function of x, then a diagonal one."""
+        return type(self).diffusion_at is not Problem.diffusion_at
 
     # ---- evaluation points and grids ------------------------------------------------
     @cached_property
@@ -361,6 +373,11 @@ class Truth:
     def tilted_marginal(self, t: float) -> GaussianMixture:
         """Return the law of X_t under the optimal control."""
         raise NotImplementedError
+
+    def tilted_moments(self, t: float) -> tuple[Array, Array]:
+        """Return mean (d,) and covariance (d, d) of X_t under the optimal control."""
+        law = self.tilted_marginal(t)
+        return law.mean(), law.covariance()
 
     def _log_normalizer(self) -> float:
         raise NotImplementedError

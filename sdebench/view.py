@@ -5,7 +5,12 @@ It has no reference to the problem, so the truth cannot be reached from it.  Sta
 (n_paths, dim); controls are in noise units (w = sqrt(h) u for Euler-Maruyama, see
 `sdebench.simulate.tables`), so that one step is
 
-    X_{n+1} = base_mean(n, X_n) + apply_noise(n, w_n + z_n).
+    X_{n+1} = base_mean(n, X_n) + apply_noise(n, w_n + z_n, X_n).
+
+The state is the last argument of `apply_noise` and `noise_transpose`, and w and z are
+those of `base_vjp`, for problems whose noise depends on the state; elsewhere they may
+be left out.  An estimator runs on such problems if it says that it
+`handles_state_dependent_noise`.
 
 Derivatives may be taken by the view's products or by automatic differentiation inside
 ``torch.enable_grad()``; the view counts and notes both.  A derivative with respect to
@@ -18,7 +23,7 @@ theta goes through a zero that is added to the control:
             w = view.control(n, x) + zeros[n]
             cost = cost + 0.5 * (w * w).sum(1) + view.running_cost(n, x)
             states.append(x.detach())
-            x = view.base_mean(n, x) + view.apply_noise(n, w + view.noise(n))
+            x = view.base_mean(n, x) + view.apply_noise(n, w + view.noise(n), x)
         slopes = torch.autograd.grad((cost - view.reward(x)).sum(), zeros)
     gradient = sum(
         view.control_parameter_vjp(n, states[n], v) for n, v in enumerate(slopes)
@@ -234,18 +239,28 @@ class View:
         self._count("control_evaluations")
         return self._watch(self._family.control(step, x), "control_vjp")
 
-    def apply_noise(self, step: int, v: Tensor) -> Tensor:
-        """Return G_n v."""
-        return self._family.apply_noise(step, v)
+    def apply_noise(self, step: int, v: Tensor, x: Tensor | None = None) -> Tensor:
+        """Return G_n(x) v.
 
-    def noise_transpose(self, step: int, v: Tensor) -> Tensor:
-        """Return G_n^T v."""
-        return self._family.noise_transpose(step, v)
+        Raises
+        ------
+        NotApplicableError
+            Without x, where the noise depends on it; so do the next two.
+        """
+        return self._family.apply_noise(step, v, x)
 
-    def base_vjp(self, step: int, x: Tensor, v: Tensor) -> Tensor:
-        """Return (d base_mean / dx)^T v."""
+    def noise_transpose(self, step: int, v: Tensor, x: Tensor | None = None) -> Tensor:
+        """Return G_n(x)^T v."""
+        return self._family.noise_transpose(step, v, x)
+
+    def base_vjp(self, step: int, x: Tensor, v: Tensor, *shock: Tensor) -> Tensor:
+        """Return (d (base_mean + G_n(x) shock) / dx)^T v at a fixed shock.
+
+        ``shock`` : w and z, which are added.  Where the noise does not depend on the
+        state they may be left out: it is (d base_mean / dx)^T v.
+        """
         self._derivative("drift_vjp")
-        return self._family.base_vjp(step, x, v)
+        return self._family.base_vjp(step, x, v, *shock)
 
     def control_vjp(self, step: int, x: Tensor, v: Tensor) -> Tensor:
         """Return (d control / dx)^T v."""
@@ -365,7 +380,7 @@ class View:
             running = running + self.running_cost(n, x)
             energy = energy + (w * w).sum(1)
             martingale = martingale + (w * z).sum(1)
-            x = self.base_mean(n, x) + self.apply_noise(n, w + z)
+            x = self.base_mean(n, x) + self.apply_noise(n, w + z, x)
             rollout.states.append(x)
             rollout.noises.append(z)
             rollout.controls.append(w)

@@ -251,11 +251,14 @@ def test_products_match_automatic_differentiation(name):
     ones = torch.ones(6, dtype=torch.float64)
     close(family.reward_gradient(x), family.reward(x), ones)
     for n in range(family.n_steps):
-        close(family.base_vjp(n, x, v), family.base_mean(n, x), v)
+        shock = v.flip(0)
+        step = family.base_mean(n, x) + family.apply_noise(n, shock, x)
+        close(family.base_vjp(n, x, v, 0.3 * shock, 0.7 * shock), step, v)
         close(family.control_vjp(n, x, v), family.control(n, x), v)
         close(family.running_cost_gradient(n, x), family.running_cost(n, x), ones)
-        noise = torch.einsum("bi,bi->b", family.apply_noise(n, x.detach()), v)
-        transposed = torch.einsum("bi,bi->b", x.detach(), family.noise_transpose(n, v))
+        y = x.detach()
+        noise = torch.einsum("bi,bi->b", family.apply_noise(n, y, y), v)
+        transposed = torch.einsum("bi,bi->b", y, family.noise_transpose(n, v, y))
         torch.testing.assert_close(noise, transposed, rtol=1e-12, atol=1e-12)
 
 
@@ -345,7 +348,7 @@ def test_adjoint_matching_is_the_open_loop_derivative(name):
     x, cost = paths.states[0], 0.0
     for n, w in enumerate(frozen):
         cost = cost + view.running_cost(n, x) + 0.5 * (w * w).sum(1)
-        x = view.base_mean(n, x) + view.apply_noise(n, w + paths.noises[n])
+        x = view.base_mean(n, x) + view.apply_noise(n, w + paths.noises[n], x)
     total = (cost - view.reward(x)).sum()
     slopes = torch.autograd.grad(total, frozen)
     reference = sum(
@@ -406,10 +409,13 @@ def test_log_weights_are_density_ratios(name):
     paths = view.rollout()
     total = view.reward(paths.states[-1])
     for n, (x, y) in enumerate(zip(paths.states, paths.states[1:], strict=False)):
-        step = view.apply_noise(n, torch.eye(chosen.dim, dtype=torch.float64)).T
+        unit = torch.eye(chosen.dim, dtype=torch.float64).expand(len(x), -1, -1)
+        columns = [view.apply_noise(n, e, x) for e in unit.unbind(1)]
         # by least squares: noise may act on some coordinates only
-        gap = (y - view.base_mean(n, x)).T
-        noise = torch.linalg.lstsq(step, gap, driver="gelsd").solution.T
+        gap = y - view.base_mean(n, x)
+        step = torch.stack(columns, dim=2)
+        noise = torch.linalg.lstsq(step, gap[:, :, None], driver="gelsd").solution
+        noise = noise[:, :, 0]
         own = noise - view.control(n, x)
         total = total - view.running_cost(n, x)
         total = total - 0.5 * (noise * noise).sum(1) + 0.5 * (own * own).sum(1)

@@ -90,6 +90,7 @@ def test_shapes_dtypes_and_layout(problem):
         assert tables.base.shape[:2] == tables.noise.shape == (n_steps, d)
         assert tables.running.shape[0] == n_steps
         assert len(tables.wave) in (0, n_steps)
+        assert tables.variance.shape in ((0, 3), (d, 3))
     else:
         count = tables.tilted.shape[1]
         assert tables.tilted_derivative.shape == (n_params, n_steps, count, 2 * d + 1)
@@ -214,18 +215,25 @@ def test_simulated_chain_is_the_table(problem):
     tables = problem.tables(theta, problem.time_grid(1))
     mean, noise, w = checks.table_step(tables, 0, run.states[0].T)
     # Noise may not reach every coordinate: the others move as the mean does.
-    reached = np.linalg.pinv(noise) @ noise
-    shocks = (run.states[1].T - mean) @ np.linalg.pinv(noise).T
+    inverse = np.linalg.pinv(noise)  # (d, d), or one of each path
+    reached = inverse @ noise
+
+    def times(matrix, v):
+        return (matrix @ v[..., None])[..., 0]
+
+    shocks = times(inverse, run.states[1].T - mean)
     np.testing.assert_allclose(
-        mean + shocks @ noise.T, run.states[1].T, atol=1e-12 * np.abs(mean).max()
+        mean + times(noise, shocks),
+        run.states[1].T,
+        atol=1e-12 * np.abs(mean).max(),
     )
-    z = shocks - w @ reached.T
+    z = shocks - times(reached, w)
     np.testing.assert_allclose(run.control_cost, 0.5 * np.sum(w * w, 1), rtol=1e-9)
     np.testing.assert_allclose(
         run.martingale, np.sum(w * z, axis=1), atol=1e-8 * (1 + np.abs(w).max() ** 2)
     )
     np.testing.assert_allclose(run.reward, problem.reward(run.terminal.T), atol=1e-9)
-    variance = np.diag(reached)  # 1 or 0
+    variance = np.diagonal(reached.reshape(-1, *noise.shape[-2:])[0])  # 1 or 0
     checks.require_zero(z.mean(axis=0), n_paths**-0.5 * variance, "noise")
     checks.require_zero(
         (z**2).mean(axis=0) - variance, (2 / n_paths) ** 0.5 * variance, "noise"

@@ -52,6 +52,7 @@ from sdebench.simulate.tables import (
     ONLY_TORCH,
     Tables,
     has_density,
+    noise_depends_on_state,
     noise_is_invertible,
 )
 
@@ -293,6 +294,14 @@ def _unmet_need(request: Request, estimator: Estimator) -> str | None:
         return (
             "it needs the denoised prediction E[X_T | X_t], which only memoryless "
             f"denoising problems with scheme {EULER} give in closed form"
+        )
+    if (
+        noise_depends_on_state(request.base_tables)
+        and not estimator.handles_state_dependent_noise
+    ):
+        return (
+            "the noise of this problem depends on the state, and the estimator is "
+            "written for noise that does not"
         )
     if "base_density" in estimator.needs and not has_density(request.base_tables):
         return (

@@ -419,6 +419,12 @@ def noise_transpose(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-de
 
 
 @glue
+def noise_transpose_at(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """The same at every state."""
+    noise_transpose(prepared, work, n, V, OUT, B)
+
+
+@glue
 def base_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = M^T V."""
     apply_transposed(prepared, TRANSITION, n, work.zero, V, OUT, B)

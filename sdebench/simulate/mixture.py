@@ -496,6 +496,12 @@ def noise_transpose(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-de
 
 
 @glue
+def noise_transpose_at(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """The same at every state."""
+    noise_transpose(prepared, work, n, V, OUT, B)
+
+
+@glue
 def base_terms(prepared, work, n, X, b, A, e, V, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = scale A + (ds_0/dx) (b A + e V)."""
     d = work.direction.shape[0]

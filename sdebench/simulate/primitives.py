@@ -19,7 +19,14 @@ from numba.extending import overload
 from numpy.typing import DTypeLike
 
 from sdebench.errors import NotApplicableError
-from sdebench.simulate import fixed_start, linear, mixture, separable, sine
+from sdebench.simulate import (
+    constant_noise,
+    fixed_start,
+    linear,
+    mixture,
+    separable,
+    sine,
+)
 from sdebench.simulate.jit import OPTIONS
 from sdebench.simulate.linear import LinearWork, PreparedLinear
 from sdebench.simulate.mixture import MixtureWork, PreparedMixture
@@ -80,12 +87,14 @@ def workspace(prepared: Prepared, block: int) -> Work:
 
 
 def implementation(family: Any, name: str) -> Any:
-    """Return a family's function, or that of a start law that theta never moves.
+    """Return a family's function, or that of what most families have in common.
 
     None if the family has none: a kernel that calls it cannot be compiled for it.
     """
-    found: Any = getattr(family, name, getattr(fixed_start, name, None))
-    return None if found is None else found.py_func
+    for place in (family, fixed_start, constant_noise):
+        if hasattr(place, name):
+            return getattr(place, name).py_func
+    return None
 
 
 def primitive(stub: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,7 +196,24 @@ def tilted_sample(prepared, work, u, Z, X, B):  # type: ignore[no-untyped-def]
 
 @primitive
 def noise_transpose(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-def]
-    """OUT = G_n^T V."""
+    """OUT = G_n^T V, of noise that does not depend on the state.
+
+    An estimator's kernel that uses it must not claim `handles_state_dependent_noise`.
+    """
+
+
+@primitive
+def noise_transpose_at(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = G_n(x)^T V."""
+
+
+@primitive
+def noise_vjp(prepared, work, n, X, W, Z, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT += (d (G_n(x) s) / dx)^T V at fixed s = W + Z.
+
+    With `base_vjp` the derivative of a step at frozen noise; nothing where the noise
+    does not depend on the state.
+    """
 
 
 @primitive

@@ -1,7 +1,7 @@
 """Numba primitives of the separable family (`SeparableTables`); formulas in tables.py.
 
 Polynomials of each coordinate by Horner's rule, at the clipped coordinate; functions of
-s = |x|^2 once per path.
+|x|^2 once per path.  Noise that depends on the state has loops of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sdebench.simulate.tile import (
     lanes,
     larger,
     load,
+    root,
     sincos,
     store,
 )
@@ -50,8 +51,10 @@ class PreparedSeparable(NamedTuple):
     reward_slope: Array  # (d or 0, J - 1)
     reward_factor: Array  # (d or 0, J)
     factor_slope: Array  # (d or 0, J - 1)
-    radial: Array  # (3,) reward_log, reward_wave, wave_power
+    radial: Array  # (4,) reward_log, reward_wave, wave_power, reward_power
     wave: Array  # (N or 0, 4)
+    variance: Array  # (d or 0, 3)
+    control_power: Array  # (1,)
     start_mean: Array  # (d,)
     start_factor: Array  # (d, d)
     noisy: Array  # (N,) 1 or 0
@@ -102,9 +105,18 @@ def prepare_separable(tables: SeparableTables, dtype: DTypeLike) -> PreparedSepa
         cast(tables.reward_factor),
         cast(derivative(tables.reward_factor)),
         cast(
-            np.concatenate([tables.reward_log, tables.reward_wave, tables.wave_power])
+            np.concatenate(
+                [
+                    tables.reward_log,
+                    tables.reward_wave,
+                    tables.wave_power,
+                    tables.reward_power,
+                ]
+            )
         ),
         cast(tables.wave),
+        cast(tables.variance),
+        cast(tables.control_power),
         cast(tables.start_mean),
         cast(tables.start_factor),
         cast(noise_mask(tables)),
@@ -232,6 +244,70 @@ def move(A, beyond, noise, reach, X, W, Z, Y, totals, B):  # type: ignore[no-unt
         store(totals, 2, p, martingale)
 
 
+@inline
+def noise_factor(v, i, x):  # type: ignore[no-untyped-def]
+    """Return the vectors s and ds/dx of coordinate i, zero without variance."""
+    variance = larger(v[i, 0] + (v[i, 1] + v[i, 2] * x) * x, 0.0)
+    inverse = 1.0 / root(larger(variance, TINY))
+    s = variance * inverse
+    slope = 0.5 * (v[i, 1] + (2.0 * v[i, 2]) * x) * (s * inverse * inverse)
+    return s, slope
+
+
+@block_loop
+def times_noise_factor(v, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT_i = s_i v_i (OUT may be V)."""
+    for i in range(v.shape[0]):
+        for p in range(0, B, lanes(X)):
+            s = noise_factor(v, i, load(X, i, p))[0]
+            store(OUT, i, p, s * load(V, i, p))
+
+
+@block_loop
+def shake(beyond, noise, v, reach, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-def]
+    """Y += m (x - y) + g s (w + z), and add to the totals of the step."""
+    for p in range(0, B, lanes(X)):
+        square = load(totals, 0, p)
+        martingale = load(totals, 2, p)
+        for i in range(v.shape[0]):
+            x = load(X, i, p)
+            w = load(W, i, p)
+            z = load(Z, i, p)
+            s = noise_factor(v, i, x)[0]
+            square = square + w * w
+            martingale = martingale + w * z
+            far = beyond[i] * (x - clip(x, reach))
+            store(Y, i, p, load(Y, i, p) + far + noise[i] * s * (w + z))
+        store(totals, 0, p, square)
+        store(totals, 2, p, martingale)
+
+
+@block_loop
+def add_noise_slopes(g, v, X, W, Z, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT_i += g_i s_i' (w_i + z_i) v_i."""
+    for i in range(v.shape[0]):
+        for p in range(0, B, lanes(X)):
+            slope = noise_factor(v, i, load(X, i, p))[1]
+            shock = load(W, i, p) + load(Z, i, p)
+            change = g[i] * slope * shock * load(V, i, p)
+            store(OUT, i, p, load(OUT, i, p) + change)
+
+
+@block_loop
+def add_factor_slopes(A, v, reach, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT_i += s_i' (sum_j A_ij y_i^j) v_i."""
+    d, J = A.shape
+    for i in range(d):
+        for p in range(0, B, lanes(X)):
+            x = load(X, i, p)
+            y = clip(x, reach)
+            total = fill(X, A[i, J - 1])
+            for j in range(J - 2, -1, -1):
+                total = total * y + A[i, j]
+            change = noise_factor(v, i, x)[1] * total * load(V, i, p)
+            store(OUT, i, p, load(OUT, i, p) + change)
+
+
 @block_loop
 def add_parameter_products(E, reach, X, V, OUT, row, B):  # type: ignore[no-untyped-def]
     """OUT[row + q] += sum_i (sum_j E_qij y_i^j) v_i."""
@@ -325,15 +401,22 @@ def refresh_control(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
 
 @glue
 def evaluate(prepared, work, n, X, W, B):  # type: ignore[no-untyped-def]
-    """W = polynomials K."""
+    """W = polynomials K, times the factor of the noise."""
     polynomials(prepared.gain[n], prepared.reach[0], X, W, B)
+    if prepared.control_power[0] > 0.0:
+        times_noise_factor(prepared.variance, X, W, W, B)
 
 
 @glue
 def step(prepared, work, n, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-def]
-    """Y = base mean(x) + g (w + z)."""
+    """Y = base mean(x) + g s (w + z)."""
     M, m, g = prepared.base[n], prepared.beyond[n], prepared.noise[n]
-    move(M, m, g, prepared.reach[0], X, W, Z, Y, totals, B)
+    reach, v = prepared.reach[0], prepared.variance
+    if v.shape[0] > 0:
+        polynomials(M, reach, X, Y, B)
+        shake(m, g, v, reach, X, W, Z, Y, totals, B)
+    else:
+        move(M, m, g, reach, X, W, Z, Y, totals, B)
 
 
 @block_loop
@@ -346,8 +429,24 @@ def scale_rows(g, V, OUT, B):  # type: ignore[no-untyped-def]
 
 @glue
 def noise_transpose(prepared, work, n, V, OUT, B):  # type: ignore[no-untyped-def]
-    """OUT = g V."""
+    """OUT = g V, of noise that does not depend on the state."""
     scale_rows(prepared.noise[n], V, OUT, B)
+
+
+@glue
+def noise_transpose_at(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = g s V."""
+    scale_rows(prepared.noise[n], V, OUT, B)
+    if prepared.variance.shape[0] > 0:
+        times_noise_factor(prepared.variance, X, OUT, OUT, B)
+
+
+@glue
+def noise_vjp(prepared, work, n, X, W, Z, V, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT += g s' (w + z) V."""
+    if prepared.variance.shape[0] > 0:
+        g, v = prepared.noise[n], prepared.variance
+        add_noise_slopes(g, v, X, W, Z, V, OUT, B)
 
 
 @glue
@@ -362,14 +461,24 @@ def base_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
 @glue
 def control_vjp(prepared, work, n, X, V, OUT, B):  # type: ignore[no-untyped-def]
     """OUT_i += (dw_i / dx_i) v_i."""
-    add_slope_products(prepared.gain_slope[n], prepared.reach[0], X, V, OUT, B)
+    reach, slope, v = prepared.reach[0], prepared.gain_slope[n], prepared.variance
+    if prepared.control_power[0] > 0.0:
+        times_noise_factor(v, X, V, work.values, B)
+        add_slope_products(slope, reach, X, work.values, OUT, B)
+        add_factor_slopes(prepared.gain[n], v, reach, X, V, OUT, B)
+    else:
+        add_slope_products(slope, reach, X, V, OUT, B)
 
 
 @glue
 def control_parameter_vjp(prepared, work, n, X, V, OUT, row, B):  # type: ignore[no-untyped-def]
-    """OUT[row + p] += (polynomials E_p) . v."""
+    """OUT[row + p] += (polynomials E_p, times the factor of the noise) . v."""
     E, reach = prepared.gain_derivative[n], prepared.reach[0]
-    add_parameter_products(E, reach, X, V, OUT, row, B)
+    if prepared.control_power[0] > 0.0:
+        times_noise_factor(prepared.variance, X, V, work.values, B)
+        add_parameter_products(E, reach, X, work.values, OUT, row, B)
+    else:
+        add_parameter_products(E, reach, X, V, OUT, row, B)
 
 
 @glue
@@ -414,7 +523,7 @@ def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
         polynomials(prepared.reward_factor, reach, X, work.values, B)
         for i in range(X.shape[0]):
             for p in range(B):
-                OUT[row, p] += log(work.values[i, p])
+                OUT[row, p] += radial[3] * log(work.values[i, p])
     if radial[0] != 0.0 or radial[1] != 0.0:
         square_length(X, R, reach * 0, radial[2], B)
         for p in range(B):
@@ -438,7 +547,7 @@ def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
         for i in range(X.shape[0]):
             for p in range(0, B, lanes(X)):
                 ratio = load(work.slopes, i, p) / load(work.values, i, p)
-                store(OUT, i, p, load(OUT, i, p) + ratio)
+                store(OUT, i, p, load(OUT, i, p) + radial[3] * ratio)
     if radial[0] != 0.0 or radial[1] != 0.0:
         square_length(X, R, reach * 0, radial[2], B)
         for p in range(0, B, lanes(X)):

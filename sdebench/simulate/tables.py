@@ -4,9 +4,10 @@ A problem fills one of the tables on a time grid of ``n_steps`` steps; the numba
 kernels and the torch functions evaluate the same table.  One step of either family
 is written with the control in **noise units**, w, the shift of the standard normal z:
 
-    X_{n+1} = base mean(X_n) + G_n (w_n(X_n) + z_n),      z_n ~ N(0, I)
+    X_{n+1} = base mean(X_n) + G_n(X_n) (w_n(X_n) + z_n),      z_n ~ N(0, I)
 
-so that, whatever the scheme, the path's control cost is sum 1/2 |w_n|^2 (the
+where G_n depends on the state in some `SeparableTables` only, see ``variance``, so
+that, whatever the scheme, the path's control cost is sum 1/2 |w_n|^2 (the
 relative entropy of the transition), its likelihood ratio against the base chain is
 exp(sum w_n . z_n + 1/2 |w_n|^2), and the score of the policy is
 sum (dw_n/dtheta)^T z_n.  For Euler-Maruyama w = sqrt(h) u.
@@ -157,7 +158,7 @@ class SeparableTables(NamedTuple):
     base mean_i(x) = sum_j M_nij y_i^j + m_ni (x_i - y_i);
     w_ni(x) = sum_j K_nij y_i^j;   G_n = diag(g_n);
     running cost of step n: sum_ij F_nij y_i^j + the wave's;
-    reward r(x) = sum_ij q_ij y_i^j + sum_i log(sum_j p_ij y_i^j)
+    reward r(x) = sum_ij q_ij y_i^j + e sum_i log(sum_j p_ij y_i^j)
                   - c log(1 + s) + a sin(s^b);
     X_0 = m_0 + L_0 z.
 
@@ -170,6 +171,15 @@ class SeparableTables(NamedTuple):
     c_n1 psi' + s (c_n2 psi'' + c_n3 psi'^2); a row of ``wave`` is (tau, c1, c2, c3).
 
     The control is linear in theta: dw_ni/dtheta_p (x) = sum_j E_pnij y_i^j.
+
+    Pearson diffusions have rows (v_0, v_1, v_2) of ``variance``: with the factor
+    s_i(x) = max(v_i0 + v_i1 x_i + v_i2 x_i^2, 0)^(1/2),
+
+    G_n(x) = diag(g_ni s_i(x)),   w_ni(x) = s_i(x)^k sum_j K_nij y_i^j
+
+    with k = ``control_power``, 0 or 1, and the same factor in dw/dtheta.  Where the
+    variance would be negative a step has no noise (full truncation); s_i has the
+    derivative 0 there.
     """
 
     reach: Array  # (1,)
@@ -183,10 +193,13 @@ class SeparableTables(NamedTuple):
     start_factor: Array  # (d, d) L_0; zero for a fixed start
     reward: Array = np.zeros((0, 0))  # (d, J)     q; (0, 0) for none
     reward_factor: Array = np.zeros((0, 0))  # (d, J) p, each positive; or (0, 0)
+    reward_power: Array = np.ones(1)  # (1,)   e
     reward_log: Array = np.zeros(1)  # (1,)   c
     reward_wave: Array = np.zeros(1)  # (1,)   a
     wave_power: Array = np.zeros(1)  # (1,)   b
     wave: Array = np.zeros((0, 4))  # (N, 4), or (0, 4) for none
+    variance: Array = np.zeros((0, 3))  # (d, 3) v; (0, 3) for s = 1
+    control_power: Array = np.zeros(1)  # (1,)   k
     noisy: Array = np.zeros(0)  # (N,) or empty
     denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
 
@@ -252,9 +265,16 @@ def noise_mask(tables: Tables) -> Array:
     return tables.noisy if len(tables.noisy) else np.ones(n_steps)
 
 
+def noise_depends_on_state(tables: Tables) -> bool:
+    """Return whether G_n is a function of X_n."""
+    return isinstance(tables, SeparableTables) and len(tables.variance) > 0
+
+
 def noise_is_invertible(tables: Tables) -> bool:
     """Return whether the noise of every step reaches every direction."""
     noise = tables.noise
+    if noise_depends_on_state(tables):  # it vanishes somewhere
+        return False
     if isinstance(tables, LinearTables | SineTables | FunctionTables):
         return bool(np.all(np.linalg.matrix_rank(noise) == noise.shape[-1]))
     return bool(np.all(noise != 0.0))

@@ -217,6 +217,23 @@ def inside(typingctx: Any, x: Any, reach: Any, a: Any, b: Any) -> Any:
 
 
 @instruction
+def root(typingctx: Any, x: Any) -> Any:
+    """Return the square root of a vector, lane by lane."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = vector_ir(x)
+        bits = "f64" if x.dtype == types.float64 else "f32"
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(kind, [kind]),
+            f"llvm.sqrt.v{x.lanes}{bits}",
+        )
+        return builder.call(function, values)
+
+    return x(x), build
+
+
+@instruction
 def times_power_of_two(typingctx: Any, y: Any, t: Any) -> Any:
     """Return ``y * 2**n``, where the low bits of the float ``t`` hold the integer n."""
     mantissa = 52 if y.dtype == types.float64 else 23

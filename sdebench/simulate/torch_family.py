@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdebench.errors import NotApplicableError
 from sdebench.simulate.tables import (
     TINY,
     FunctionTables,
@@ -23,7 +24,17 @@ from sdebench.simulate.tables import (
     SineTables,
     StartLaw,
     Tables,
+    noise_depends_on_state,
     start_law,
+)
+
+NO_STATE = (
+    "the noise of this problem depends on the state: give the state as well, "
+    "apply_noise(step, v, x) and noise_transpose(step, v, x)"
+)
+NO_SHOCK = (
+    "the noise of this problem depends on the state, and with it the derivative of a "
+    "step: give w and z as well, base_vjp(step, x, v, w, z)"
 )
 
 
@@ -43,14 +54,14 @@ class TorchFamily(Protocol):
     def base_mean(self, n: int, x: Tensor) -> Tensor:
         """Return the mean of the base transition from x."""
 
-    def apply_noise(self, n: int, v: Tensor) -> Tensor:
-        """Return G_n v."""
+    def apply_noise(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
+        """Return G_n(x) v."""
 
-    def noise_transpose(self, n: int, v: Tensor) -> Tensor:
-        """Return G_n^T v."""
+    def noise_transpose(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
+        """Return G_n(x)^T v."""
 
-    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
-        """Return (d base mean / dx)^T v."""
+    def base_vjp(self, n: int, x: Tensor, v: Tensor, *shock: Tensor) -> Tensor:
+        """Return (d (base mean + G_n(x) shock) / dx)^T v; shock is a fixed sum."""
 
     def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
         """Return (dw_n / dx)^T v."""
@@ -121,13 +132,13 @@ class TorchLinear:
     def base_mean(self, n: int, x: Tensor) -> Tensor:
         return self._t.offset[n] + x @ self._t.transition[n].T
 
-    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+    def apply_noise(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
         return v @ self._t.noise[n].T
 
-    def noise_transpose(self, n: int, v: Tensor) -> Tensor:
+    def noise_transpose(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
         return v @ self._t.noise[n]
 
-    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+    def base_vjp(self, n: int, x: Tensor, v: Tensor, *shock: Tensor) -> Tensor:
         return v @ self._t.transition[n]
 
     def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
@@ -234,12 +245,12 @@ class TorchMixture:
         mean = self._t.scale[n] * x + self._t.offset[n]
         return mean if base is None else mean + self._t.base_gain[n] * base.score
 
-    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+    def apply_noise(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
         return self._t.noise[n] * v
 
     noise_transpose = apply_noise
 
-    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+    def base_vjp(self, n: int, x: Tensor, v: Tensor, *shock: Tensor) -> Tensor:
         base, _ = self._at(n, x)
         result = self._t.scale[n] * v
         if base is None:
@@ -321,13 +332,13 @@ class TorchSine:
     def base_mean(self, n: int, x: Tensor) -> Tensor:
         return self._t.offset[n] + self._extended(x) @ self._t.transition[n].T
 
-    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+    def apply_noise(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
         return v @ self._t.noise[n].T
 
-    def noise_transpose(self, n: int, v: Tensor) -> Tensor:
+    def noise_transpose(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
         return v @ self._t.noise[n]
 
-    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+    def base_vjp(self, n: int, x: Tensor, v: Tensor, *shock: Tensor) -> Tensor:
         return self._pull(x, v @ self._t.transition[n])
 
     def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
@@ -369,6 +380,8 @@ class TorchSeparable:
         self._reach = float(tables.reach[0])
         self._power = float(tables.wave_power[0])
         self._has_wave = len(tables.wave) > 0
+        self._by_factor = noise_depends_on_state(tables)
+        self._control_by_factor = bool(tables.control_power[0])
         self.n_steps, self.dim = tables.beyond.shape
         self.n_params = len(tables.gain_derivative)
 
@@ -397,26 +410,59 @@ class TorchSeparable:
     def start(self, normals: Tensor, uniforms: Tensor) -> Tensor:
         return self._t.start_mean + normals @ self._t.start_factor.T
 
+    def _factor(self, x: Tensor) -> Tensor:
+        """Return the noise's factor s(x); its gradient is finite where s is zero."""
+        v = self._t.variance.T
+        variance = (v[0] + (v[1] + v[2] * x) * x).clamp(min=0.0)
+        return variance / variance.clamp(min=TINY).sqrt()
+
+    def _factor_slope(self, x: Tensor) -> Tensor:
+        """Return ds/dx, zero without variance."""
+        v = self._t.variance.T
+        variance = (v[0] + (v[1] + v[2] * x) * x).clamp(min=0.0)
+        inverse = 1.0 / variance.clamp(min=TINY).sqrt()
+        slope: Tensor = 0.5 * (v[1] + 2.0 * v[2] * x) * (variance * inverse**3)
+        return slope
+
     def control(self, n: int, x: Tensor) -> Tensor:
-        return _horner(self._t.gain[n], self._kept(x))
+        w = _horner(self._t.gain[n], self._kept(x))
+        return self._factor(x) * w if self._control_by_factor else w
 
     def base_mean(self, n: int, x: Tensor) -> Tensor:
         y = self._kept(x)
         return _horner(self._t.base[n], y) + self._t.beyond[n] * (x - y)
 
-    def apply_noise(self, n: int, v: Tensor) -> Tensor:
-        return self._t.noise[n] * v
+    def apply_noise(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
+        noise: Tensor = self._t.noise[n] * v
+        if not self._by_factor:
+            return noise
+        if x is None:
+            raise NotApplicableError(NO_STATE)
+        return self._factor(x) * noise
 
     noise_transpose = apply_noise
 
-    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+    def base_vjp(self, n: int, x: Tensor, v: Tensor, *shock: Tensor) -> Tensor:
         far = self._t.beyond[n] * (x.abs() >= self._reach)
-        return (self._slope(self._t.base[n], x) + far) * v
+        slope = self._slope(self._t.base[n], x) + far
+        if self._by_factor:
+            if not shock:
+                raise NotApplicableError(NO_SHOCK)
+            pull = self._t.noise[n] * self._factor_slope(x)
+            for part in shock:
+                slope = slope + pull * part
+        return slope * v
 
     def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
-        return self._slope(self._t.gain[n], x) * v
+        slope = self._slope(self._t.gain[n], x)
+        if self._control_by_factor:
+            w = _horner(self._t.gain[n], self._kept(x))
+            slope = self._factor(x) * slope + self._factor_slope(x) * w
+        return slope * v
 
     def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+        if self._control_by_factor:
+            v = self._factor(x) * v
         maps = _horner(self._t.gain_derivative[:, n, None], self._kept(x))
         return (maps * v).sum(2).T
 
@@ -449,7 +495,8 @@ class TorchSeparable:
         if len(t.reward):
             value = value + _horner(t.reward, self._kept(x)).sum(1)
         if len(t.reward_factor):
-            value = value + torch.log(_horner(t.reward_factor, self._kept(x))).sum(1)
+            logs = torch.log(_horner(t.reward_factor, self._kept(x))).sum(1)
+            value = value + t.reward_power[0] * logs
         s = (x * x).sum(1)
         value = value - t.reward_log[0] * torch.log(1.0 + s)
         if t.reward_wave[0] != 0.0:
@@ -462,7 +509,8 @@ class TorchSeparable:
             slope = slope + self._slope(t.reward, x)
         if len(t.reward_factor):
             factor = _horner(t.reward_factor, self._kept(x))
-            slope = slope + self._slope(t.reward_factor, x) / factor
+            ratio = self._slope(t.reward_factor, x) / factor
+            slope = slope + t.reward_power[0] * ratio
         s = (x * x).sum(1)
         pull = -t.reward_log[0] / (1.0 + s)
         if t.reward_wave[0] != 0.0:
@@ -512,13 +560,13 @@ class TorchFunctions:
         drift = self._functions.drift_function(x, self._times[n])
         return x + self._steps[n] * drift
 
-    def apply_noise(self, n: int, v: Tensor) -> Tensor:
+    def apply_noise(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
         return v @ self._noise[n].T
 
-    def noise_transpose(self, n: int, v: Tensor) -> Tensor:
+    def noise_transpose(self, n: int, v: Tensor, x: Tensor | None = None) -> Tensor:
         return v @ self._noise[n]
 
-    def base_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
+    def base_vjp(self, n: int, x: Tensor, v: Tensor, *shock: Tensor) -> Tensor:
         return _product(lambda y: self.base_mean(n, y), x, v)
 
     def control_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:

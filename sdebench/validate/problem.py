@@ -423,7 +423,7 @@ def _discrete_orders(problem: Problem) -> Outcome:
     quantities = ("gradient", "matching_gradient", "cross_entropy_gradient")
     for name, quantity in product(("zero", "random"), quantities):
         theta = points[name]
-        if problem.truth.answer(quantity, theta, 2) is None:
+        if problem.truth.answer(quantity, theta, 12) is None:
             continue
         try:
             found.append(exact.check_discrete_order(problem, theta, quantity))

@@ -161,6 +161,7 @@ def check_hjb(
 
     First derivatives of V along t, along b and along the columns of sigma, and of u*
     along the columns of sigma, by differences of order ten: sigma may be singular.
+    Where sigma depends on x, of sigma(x) grad V in its place, sigma held fixed.
     """
     tolerance += AMPLIFICATION * problem.truth.error_bound("value")
     places = visited(problem)
@@ -178,29 +179,36 @@ def _hjb_residual(
 ) -> list[Comparison]:
     truth, (start, end) = problem.truth, problem.time_span
     step_t = min(min(t - start, end - t) / 6, 0.003 * (end - start))
-    b, sigma = problem.drift(x, t), problem.diffusion(t)
+    b, sigma = problem.drift(x, t), problem.diffusion_at(x, t)
     u = truth.control(x, t)
     in_time = derivative(lambda s: truth.value(x, t + s), step_t)
 
     def slope_along(v: Array) -> Array:
         return derivative(lambda s: truth.value(x + s * v, t), step_x)
 
+    def frozen_control(y: Array, j: int) -> Array:
+        u = truth.control(y, t)[:, j]
+        if problem.noise_depends_on_state:
+            u = u * sigma[:, j, j] / problem.diffusion_at(y, t)[:, j, j]
+        return u
+
     def divergence_along(v: Array, j: int) -> Array:
-        return derivative(lambda s: truth.control(x + s * v, t)[:, j], step_x)
+        return derivative(lambda s: frozen_control(x + s * v, j), step_x)
 
     speed = np.linalg.norm(b, axis=-1, keepdims=True)
     drift = speed[:, 0] * slope_along(b / np.where(speed > 0, speed, 1.0))
     trace = np.zeros(len(x))
     found = []
-    for j, column in enumerate(sigma.T):
-        size = np.linalg.norm(column)
-        if size == 0:
+    for j, column in enumerate(np.moveaxis(sigma, -1, 0)):
+        size = np.linalg.norm(column, axis=-1)
+        if np.all(size == 0):
             continue
-        slope = size * slope_along(column / size)
+        direction = column / np.where(size > 0, size, 1.0)[:, None]
+        slope = size * slope_along(direction)
         scale = np.max(np.abs(u)) + np.max(np.abs(slope)) + 1e-3
         error = np.abs(u[:, j] + slope) / scale
         found.append(require(error, tolerance, "u* + sigma^T grad V"))
-        trace -= size * divergence_along(column / size, j)
+        trace -= size * divergence_along(direction, j)
     control = 0.5 * np.sum(u**2, axis=-1)
     terms = [in_time, drift, 0.5 * trace, -control, problem.running_cost(x, t)]
     # The floor: where V hardly changes, differences of it are rounding errors.

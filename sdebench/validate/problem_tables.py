@@ -18,6 +18,7 @@ from sdebench.simulate.tables import (
     SeparableTables,
     SineTables,
     Tables,
+    noise_depends_on_state,
 )
 from sdebench.validate.problem_checks import (
     Array,
@@ -32,7 +33,10 @@ from sdebench.validate.problem_checks import (
 
 
 def table_step(tables: Tables, n: int, x: Array) -> tuple[Array, Array, Array]:
-    """Return base mean (m, d), noise matrix (d, d) and w (m, d) of step n, in numpy."""
+    """Return base mean (m, d), noise matrix and w (m, d) of step n, in numpy.
+
+    The noise matrix is (d, d), or (m, d, d) where it depends on the state.
+    """
     if isinstance(tables, FunctionTables):
         family, states = _functions(tables, x)
         mean, w = family.base_mean(n, states), family.control(n, states)
@@ -52,10 +56,13 @@ def table_step(tables: Tables, n: int, x: Array) -> tuple[Array, Array, Array]:
         )
     if isinstance(tables, SeparableTables):
         y = _clipped(tables, x)
+        noise = np.diag(tables.noise[n])
+        if noise_depends_on_state(tables):
+            noise = _noise_factor(tables, x)[:, :, None] * noise
         return (
             _polynomials(tables.base[n], y) + tables.beyond[n] * (x - y),
-            np.diag(tables.noise[n]),
-            _polynomials(tables.gain[n], y),
+            noise,
+            _polynomials(tables.gain[n], y) * _control_factor(tables, x),
         )
     base = _score(tables.base[n], x)
     mean = tables.scale[n] * x + tables.offset[n] + tables.base_gain[n] * base
@@ -86,6 +93,16 @@ def _polynomials(coefficients: Array, y: Array) -> Array:
     """Return sum_j coefficients_ij y_i^j, (m, d)."""
     powers = y[:, :, None] ** np.arange(coefficients.shape[-1])
     return np.einsum("...ij,...ij->...i", powers, coefficients)
+
+
+def _noise_factor(tables: SeparableTables, x: Array) -> Array:
+    """Return s (m, d) of the states x."""
+    return np.sqrt(np.maximum(_polynomials(tables.variance, x), 0.0))
+
+
+def _control_factor(tables: SeparableTables, x: Array) -> Array | float:
+    """Return the factor of the control at the states x."""
+    return _noise_factor(tables, x) if tables.control_power[0] else 1.0
 
 
 def _wave(tables: SeparableTables, n: int, s: Array) -> Array:
@@ -143,7 +160,8 @@ def _separable_reward(tables: SeparableTables, x: Array) -> Array:
     if len(tables.reward):
         value = value + _polynomials(tables.reward, y).sum(axis=1)
     if len(tables.reward_factor):
-        value = value + np.log(_polynomials(tables.reward_factor, y)).sum(axis=1)
+        logs = np.log(_polynomials(tables.reward_factor, y)).sum(axis=1)
+        value = value + tables.reward_power * logs
     return value
 
 
@@ -182,7 +200,7 @@ def check_tables(
             u = problem.truth.policy(x, t, theta)
         for name, got, wanted in (
             ("x + h b(x, t)", mean, x + h * problem.drift(x, t)),
-            ("sqrt(h) sigma(t)", noise, np.sqrt(h) * problem.diffusion(t)),
+            ("sqrt(h) sigma", noise, np.sqrt(h) * problem.diffusion_at(x, t)),
             ("sqrt(h) u_theta(x, t)", w, np.sqrt(h) * u),
         ):
             scale = 1e-3 + np.max(np.abs(wanted))
@@ -238,7 +256,8 @@ def _control_derivative(tables: Tables, n: int, p: int, x: Array) -> Array:
         gain = tables.gain_derivative[p, n]
         return _extended(tables, x) @ gain.T + tables.bias_derivative[p, n]
     if isinstance(tables, SeparableTables):
-        return _polynomials(tables.gain_derivative[p, n], _clipped(tables, x))
+        derivative = _polynomials(tables.gain_derivative[p, n], _clipped(tables, x))
+        return derivative * _control_factor(tables, x)
     d = x.shape[1]
     change = tables.tilted_derivative[p, n]
     gamma, slopes = _softmax(tables.tilted[n], x)

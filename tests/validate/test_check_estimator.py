@@ -355,7 +355,7 @@ class ByAutomaticDifferentiation(TorchOnly):
                 w = view.control(n, x) + zeros[n]
                 cost = cost + 0.5 * (w * w).sum(1) + view.running_cost(n, x)
                 states.append(x.detach())
-                x = view.base_mean(n, x) + view.apply_noise(n, w + view.noise(n))
+                x = view.base_mean(n, x) + view.apply_noise(n, w + view.noise(n), x)
             slopes = torch.autograd.grad((cost - view.reward(x)).sum(), zeros)
         return sum(
             view.control_parameter_vjp(n, states[n], v) for n, v in enumerate(slopes)
