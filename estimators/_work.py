@@ -58,14 +58,19 @@ def levels(n_steps: int, power: int) -> Array:
     return share**power
 
 
-def not_a_path_of_densities(tables: Tables, power: int) -> str | None:
-    """Return why rho_t is no path from the law of X_0 to the tilted law, or None."""
+def not_a_path_of_densities(tables: Tables, power: int | None) -> str | None:
+    """Return why rho_t is no path from the law of X_0 to the tilted law, or None.
+
+    ``power`` : of the levels; None for densities that are integrable in between.
+    """
     if not starts_from_density(tables):
         return (
             "its paths must start from the density p_t of the base process at the "
             "first time, and X_0 has another law here; denoising problems have the "
             "option start = marginal"
         )
+    if power is None:
+        return None
     assert isinstance(tables, MixtureTables)
     dim = tables.offset.shape[1]
     own = tables.density[:, :, None, dim:-1]
