@@ -1,6 +1,7 @@
 r"""Paths of densities from p_0 to p_T e^r, and Markov chains that leave them invariant.
 
-With levels lambda_n = (n / N)^power the densities of a path are, up to constants,
+With levels lambda_n, powers (n / N)^p or given ones with linear interpolation, the
+densities of a path are, up to constants,
 
     marginals    rho_n = p_n e^{lambda_n r},  p_n the marginals of the base process,
     geometric    rho_n = p_0^{1 - lambda_n} (p_T e^r)^{lambda_n},
@@ -22,13 +23,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from sdebench.errors import ParameterError, unknown
 from sdebench.estimator import Array
 from sdebench.estimators._work import (
     WorkEstimator,
     level,
+    levels,
     not_a_path_of_densities,
     push,
     uniform,
@@ -50,9 +54,20 @@ SCRATCH = 2
 
 # ---- for kernels ---------------------------------------------------------------
 @glue
-def annealed_density(prepared, work, n, N, power, geometric, X, ROWS, row, B):  # type: ignore[no-untyped-def]
+def annealed_level(n, N, power, KNOTS):  # type: ignore[no-untyped-def]
+    """Return lambda_n; KNOTS empty, or given levels at equidistant shares of steps."""
+    last = KNOTS.shape[0] - 1
+    if last < 0:
+        return level(n, N, power)
+    place = n * last / N
+    i = min(int(place), last - 1)
+    return KNOTS[i] + (place - i) * (KNOTS[i + 1] - KNOTS[i])
+
+
+@glue
+def annealed_density(prepared, work, n, N, power, KNOTS, geometric, X, ROWS, row, B):  # type: ignore[no-untyped-def]
     """ROWS[row] = log rho_n(x); overwrites ROWS[2]."""
-    ours, first = level(n, N, power), n
+    ours, first = annealed_level(n, N, power, KNOTS), n
     OUT, MORE = ROWS[row : row + 1], ROWS[2:3]
     if geometric:
         first = 0
@@ -65,9 +80,9 @@ def annealed_density(prepared, work, n, N, power, geometric, X, ROWS, row, B):  
 
 
 @glue
-def annealed_score(prepared, work, n, N, power, geometric, X, R, OUT, B):  # type: ignore[no-untyped-def]
+def annealed_score(prepared, work, n, N, power, KNOTS, geometric, X, R, OUT, B):  # type: ignore[no-untyped-def]
     """OUT = grad log rho_n(x); overwrites R."""
-    ours, first = level(n, N, power), n
+    ours, first = annealed_level(n, N, power, KNOTS), n
     if geometric:
         first = 0
     primitives.base_score(prepared, work, first, X, OUT, B)
@@ -95,10 +110,10 @@ def accept(langevin, s, X, Y, G, Z, U, ROWS, B):  # type: ignore[no-untyped-def]
 
 
 @glue
-def anneal(prepared, work, n, N, power, geometric, langevin, moves, step, Z, OWN, B):  # type: ignore[no-untyped-def]
+def anneal(prepared, work, n, N, path, langevin, moves, step, Z, OWN, B):  # type: ignore[no-untyped-def]
     """Move the states work.adjoint at level n; ROWS[0] = log rho_n of them.
 
-    Z : the first proposal's normals; OWN : those of all other moves, see
+    path : (power, KNOTS, geometric); Z : the first proposal's normals; OWN : those of all other moves, see
     `AnnealingEstimator`, then two scratch vectors.
     """
     A, Y, R, ROWS = work.adjoint, work.adjoint_next, work.direction, work.start
@@ -112,16 +127,40 @@ def anneal(prepared, work, n, N, power, geometric, langevin, moves, step, Z, OWN
             NORMALS = OWN[first + moves - 1 + m]
         combine(1.0, A, 0.0, A, Y, B)
         if langevin:
-            annealed_score(prepared, work, n, N, power, geometric, A, R, HERE, B)
+            annealed_score(prepared, work, n, N, *path, A, R, HERE, B)
             push(0.5 * s * s, HERE, s, NORMALS, Y, B)
-            annealed_score(prepared, work, n, N, power, geometric, Y, R, THERE, B)
+            annealed_score(prepared, work, n, N, *path, Y, R, THERE, B)
         else:
             combine(1.0, Y, s, NORMALS, Y, B)
-        annealed_density(prepared, work, n, N, power, geometric, Y, ROWS, 1, B)
+        annealed_density(prepared, work, n, N, *path, Y, ROWS, 1, B)
         accept(langevin, s, A, Y, THERE, NORMALS, OWN[first + m], ROWS, B)
 
 
 # ---- what the estimators share --------------------------------------------------
+def check_levels(given: tuple[float, ...]) -> None:
+    """Raise for levels that do not lead from 0 to 1 inside [0, 1]."""
+    if not given:
+        return
+    values = np.asarray(given, np.float64)
+    if values.ndim != 1 or len(values) < 2 or not np.all(np.isfinite(values)):
+        raise ParameterError(
+            f"levels {given} must be at least two finite numbers, from 0 to 1"
+        )
+    if values[0] != 0.0:
+        raise ParameterError(
+            f"levels begin with {values[0]:g}: at the first time the path of densities "
+            "would jump from p_0, the law of X_0, to its tilt by that share of the "
+            "reward; the first level must be 0"
+        )
+    if values[-1] != 1.0:
+        raise ParameterError(
+            f"levels end with {values[-1]:g}: at the last time the path of densities "
+            "would have to jump to the tilted law p_T e^r; the last level must be 1"
+        )
+    if values.min() < 0.0 or values.max() > 1.0:
+        raise ParameterError(f"levels {given} must stay in [0, 1]")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnnealingEstimator(WorkEstimator):
     """log Z from Metropolis moves along a path of densities.
@@ -131,6 +170,7 @@ class AnnealingEstimator(WorkEstimator):
     uniforms, then ``moves - 1`` for proposals.
     """
 
+    levels: tuple[float, ...] = ()
     path: str = "marginals"
     kernel: str = "mala"
     moves: int = 1
@@ -140,6 +180,7 @@ class AnnealingEstimator(WorkEstimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_levels(self.levels)
         if self.path not in PATHS:
             raise unknown("path", self.path, PATHS)
         if self.kernel not in MOVES:
@@ -154,9 +195,10 @@ class AnnealingEstimator(WorkEstimator):
         return False
 
     @property
-    def kernel_options(self) -> tuple[int | float, ...]:
+    def kernel_options(self) -> tuple[Any, ...]:
         return (
             self.power,
+            np.array(self.levels, np.float64),
             self.path == "geometric",
             self.kernel == "mala",
             self.moves,
@@ -168,12 +210,21 @@ class AnnealingEstimator(WorkEstimator):
 
     def not_applicable_on(self, tables: Tables, times: Array) -> str | None:
         # between two densities every geometric one is integrable
-        power = None if self.path == "geometric" else self.power
-        return not_a_path_of_densities(tables, power)
+        geometric, count = self.path == "geometric", len(tables.offset)
+        level = None if geometric else self.all_levels(count)
+        return not_a_path_of_densities(tables, level)
+
+    def all_levels(self, n_steps: int) -> Array:
+        """Return lambda_n, (n_steps + 1,)."""
+        if not self.levels:
+            return levels(n_steps, self.power)
+        place = np.arange(n_steps + 1) * (len(self.levels) - 1) / n_steps
+        found: Array = np.interp(place, np.arange(len(self.levels)), self.levels)
+        return found
 
     def log_density(self, view: View, n: int, x: Tensor) -> Tensor:
         """Return log rho_n(x), (n_paths,)."""
-        ours = (n / view.n_steps) ** self.power
+        ours = float(self.all_levels(view.n_steps)[n])
         if self.path == "marginals":
             return view.base_log_density(n, x) + ours * view.reward(x)
         end = view.base_log_density(view.n_steps, x) + view.reward(x)
@@ -181,7 +232,7 @@ class AnnealingEstimator(WorkEstimator):
 
     def score(self, view: View, n: int, x: Tensor) -> Tensor:
         """Return grad log rho_n(x), (n_paths, dim)."""
-        ours = (n / view.n_steps) ** self.power
+        ours = float(self.all_levels(view.n_steps)[n])
         if self.path == "marginals":
             return view.base_score(n, x) + ours * view.reward_gradient(x)
         end = view.base_score(view.n_steps, x) + view.reward_gradient(x)

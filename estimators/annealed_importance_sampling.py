@@ -44,6 +44,7 @@ def block_kernel(
     B: int,
     OWN: Any,
     power: int,
+    KNOTS: Any,
     geometric: bool,
     langevin: bool,
     moves: int,
@@ -52,16 +53,16 @@ def block_kernel(
 ) -> None:
     """Set OUT (1, B + PADDING) to the log-weight of every annealed path."""
     N, A, ROWS = W.shape[0], work.adjoint, work.start
+    path = power, KNOTS, geometric
     clear(OUT, B)
     combine(1.0, X[0], 0.0, X[0], A, B)
-    annealed_density(prepared, work, 0, N, power, geometric, A, ROWS, 0, B)
+    annealed_density(prepared, work, 0, N, *path, A, ROWS, 0, B)
     for n in range(1, N + 1):
         add_row(-1.0, ROWS, 0, OUT, B)
-        annealed_density(prepared, work, n, N, power, geometric, A, ROWS, 0, B)
+        annealed_density(prepared, work, n, N, *path, A, ROWS, 0, B)
         add_row(1.0, ROWS, 0, OUT, B)
         if n < N:
-            path = power, geometric, langevin, moves, step
-            anneal(prepared, work, n, N, *path, Z[n - 1], OWN, B)
+            anneal(prepared, work, n, N, path, langevin, moves, step, Z[n - 1], OWN, B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ class AnnealedImportanceSampling(AnnealingEstimator):
     ----------
     annealing : level of the reward in the share of steps done, "linear", "quadratic"
         or "cubic".
+    levels : from 0 to 1, instead of ``annealing``: at equidistant shares of the steps,
+        with linear interpolation.
     path : of densities, the base process' "marginals" p_n e^(lambda r), or "geometric",
         p_0^(1 - lambda) (p_T e^r)^lambda.
     kernel : that leaves them invariant, "mala" or "random_walk".

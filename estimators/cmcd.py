@@ -38,8 +38,8 @@ RIDGE = 1e-9
 def profiles(degree: int, n_steps: int) -> Array:
     """Return phi_j / N in the middle of every step, (degree + 1, n_steps)."""
     share = (np.arange(n_steps) + 0.5) / n_steps
-    values: Array = np.polynomial.legendre.legvander(2.0 * share - 1.0, degree).T
-    return values / n_steps
+    values = np.polynomial.legendre.legvander(2.0 * share - 1.0, degree).T
+    return np.asarray(values / n_steps, np.float64)
 
 
 def loss_gradient(loss: str, rows: Array) -> tuple[Array, Array]:

@@ -49,7 +49,9 @@ def fit_continuity(
     work : lambda' r + lambda v . grad r, (n,).
     """
     features = np.vstack([score, 1.0 + x * score, -np.ones_like(work)]).T
-    found = np.linalg.lstsq(features, -work, rcond=None)[0]
+    found = np.full(features.shape[1], np.nan)
+    if np.all(np.isfinite(features)) and np.all(np.isfinite(work)):
+        found = np.linalg.lstsq(features, -work, rcond=None)[0]
     shift, slope = np.split(found[:-1], 2)
     return shift, slope, float(found[-1]), work + features @ found
 

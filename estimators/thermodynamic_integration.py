@@ -74,6 +74,7 @@ def block_kernel(
     count: int,
     OWN: Any,
     power: int,
+    KNOTS: Any,
     geometric: bool,
     langevin: bool,
     moves: int,
@@ -84,18 +85,18 @@ def block_kernel(
     """Set OUT (1, B + PADDING) to the integral from all paths of a replicate."""
     N, A, ROWS = W.shape[0], work.adjoint, work.start
     HERE, AHEAD, GAP, integral = ROWS[0:1], ROWS[1:2], ROWS[3:4], 0.0
+    path = power, KNOTS, geometric
     clear(OUT, B)
     combine(1.0, X[0], 0.0, X[0], A, B)
-    annealed_density(prepared, work, 0, N, power, geometric, A, ROWS, 0, B)
+    annealed_density(prepared, work, 0, N, *path, A, ROWS, 0, B)
     for n in range(1, N + 1):
-        annealed_density(prepared, work, n, N, power, geometric, A, ROWS, 1, B)
+        annealed_density(prepared, work, n, N, *path, A, ROWS, 1, B)
         combine(1.0, AHEAD, -1.0, HERE, GAP, B)
         integral += 0.5 * expectation(GAP, OUT, weighted, count)
         add_row(1.0, ROWS, 3, OUT, B)
         combine(1.0, AHEAD, 0.0, AHEAD, HERE, B)
-        path = power, geometric, langevin, moves, step
-        anneal(prepared, work, n, N, *path, Z[n - 1], OWN, B)
-        annealed_density(prepared, work, n - 1, N, power, geometric, A, ROWS, 1, B)
+        anneal(prepared, work, n, N, path, langevin, moves, step, Z[n - 1], OWN, B)
+        annealed_density(prepared, work, n - 1, N, *path, A, ROWS, 1, B)
         combine(1.0, HERE, -1.0, AHEAD, GAP, B)
         integral += 0.5 * expectation(GAP, OUT, weighted, count)
     for p in range(B):
@@ -111,6 +112,8 @@ class ThermodynamicIntegration(AnnealingEstimator):
     expectations : "weighted" by annealed importance sampling, or "plain" averages.
     annealing : level of the reward in the share of steps done, "linear", "quadratic"
         or "cubic".
+    levels : from 0 to 1, instead of ``annealing``: at equidistant shares of the steps,
+        with linear interpolation.
     path : of densities, the base process' "marginals" p_n e^(lambda r), or "geometric",
         p_0^(1 - lambda) (p_T e^r)^lambda.
     kernel : that leaves them invariant, "mala" or "random_walk".
@@ -154,7 +157,7 @@ class ThermodynamicIntegration(AnnealingEstimator):
         return "any"
 
     @property
-    def kernel_options(self) -> tuple[int | float, ...]:
+    def kernel_options(self) -> tuple[Any, ...]:
         return *super().kernel_options, self.expectations == "weighted"
 
     def group_size(self, n_paths: int) -> int:
@@ -169,7 +172,9 @@ class ThermodynamicIntegration(AnnealingEstimator):
         """Return the trapezoidal sum over exact expectations."""
         from sdebench.closed_form.work import annealed_gaussians, trapezoidal_log_ratio
 
-        rows = annealed_gaussians(policy.chain, self.power, self.path)
+        rows = annealed_gaussians(
+            policy.chain, self.all_levels(policy.chain.n_steps), self.path
+        )
         return np.array([trapezoidal_log_ratio(rows)])
 
     def statistics(self, view: View) -> Tensor:

@@ -124,8 +124,10 @@ def log_mean_work(chain: AffineChain, power: int) -> float:
 
 def expected_work(chain: AffineChain, power: int) -> float:
     """Return sum_n E_{rho_n}[h (lambda' r + lambda v . grad r)], see `riemann_work`."""
-    work, path = riemann_work(chain, power), annealed_gaussians(chain, power)
-    return sum(path.expected(n, work, n) for n in range(chain.n_steps))
+    count = chain.n_steps
+    level = (np.arange(count + 1.0) / count) ** power
+    work, path = riemann_work(chain, power), annealed_gaussians(chain, level)
+    return sum(path.expected(n, work, n) for n in range(count))
 
 
 def data_law(chain: AffineChain) -> tuple[Array, Array]:
@@ -154,24 +156,24 @@ def _terminal_scale(chain: AffineChain) -> float:
 
 
 def annealed_gaussians(
-    chain: AffineChain, power: int, path: str = "marginals"
+    chain: AffineChain, level: Array, path: str = "marginals"
 ) -> Quadratics:
     """Return the densities of `sdebench.estimators._annealing` on a Gaussian problem.
 
     Parameters
     ----------
     chain : the base chain, quadratic reward, with the ``denoiser`` of its tables.
+    level : lambda_n, (N + 1,).
     path : "marginals" or "geometric".
     """
     if np.any(np.asarray(chain.reward_quartic)):
         raise NotExactError("needs a quadratic reward")
     mean, covariance = data_law(chain)
-    n_steps, d = chain.n_steps, chain.dim
-    level = (np.arange(n_steps + 1.0) / n_steps) ** power
+    d = chain.dim
     alpha = np.append(chain.denoiser[:, 3], 1.0)[:, None, None]
     beta = np.append(chain.denoiser[:, 4], 0.0)[:, None, None]
     spread = alpha**2 * covariance + beta**2 * np.eye(d)
-    precision = np.linalg.inv(spread)
+    precision: Array = np.asarray(np.linalg.inv(spread), np.float64)
     linear = np.einsum("nij,nj->ni", precision, alpha[:, :, 0] * mean)
     constant = -0.5 * np.einsum("ni,nj,nij->n", linear, linear, spread)
     constant -= 0.5 * (d * np.log(2.0 * np.pi) + np.linalg.slogdet(spread)[1])
@@ -202,6 +204,84 @@ def trapezoidal_log_ratio(path: Quadratics) -> float:
         path.expected(n, gaps, n) + path.expected(n + 1, gaps, n)
         for n in range(len(gaps.constant))
     )
+
+
+def path_bounds(chain: AffineChain, gain: Array, bias: Array) -> tuple[float, float]:
+    """Return the means of the log kernel ratio under the controlled and the tilted law.
+
+    log W = log p_T(X_N) e^r(X_N) / p_0(X_0) + sum_n log B_n(X_{n+1}, X_n) / F_n, with
+    the exact noising kernels B_n and the chain's F_n under a feedback.  They are
+    log Z - KL(P || P*) and log Z + KL(P* || P).
+
+    Parameters
+    ----------
+    chain : the base chain, quadratic reward, with the ``denoiser`` of its tables.
+    gain, bias : of the feedback, (N, m, d) and (N, m).
+    """
+    path = annealed_gaussians(chain, np.linspace(0.0, 1.0, chain.n_steps + 1))
+    closed, drift = chain.closed_loop(gain, bias)
+    alpha, beta = np.append(chain.denoiser[:, 3:], [[1.0, 0.0]], axis=0).T
+    shrink = alpha[:-1] / alpha[1:]
+    back = beta[:-1] ** 2 - (shrink * beta[1:]) ** 2
+    kernels = Kernels(closed, drift, np.asarray(chain.noise[:, 0, 0]), shrink, back)
+
+    means, covariances = chain.moments(gain, bias)
+    crossed = covariances[:-1] @ np.swapaxes(closed, 1, 2)
+    lower = _mean_log_ratio(path, kernels, Neighbours(means, covariances, crossed))
+
+    end, scale = np.linalg.inv(path.precision[-1]), alpha[:, None, None]
+    noise = beta[:, None, None] ** 2 * np.eye(chain.dim)
+    means, covariances = (
+        alpha[:, None] * (end @ path.linear[-1]),
+        scale**2 * end + noise,
+    )
+    crossed = shrink[:, None, None] * covariances[1:]
+    upper = _mean_log_ratio(path, kernels, Neighbours(means, covariances, crossed))
+    return lower, upper
+
+
+class Kernels(NamedTuple):
+    """F_n = N(M_n x + c_n, g_n^2 I) and B_n = N(a_n x', b_n I)."""
+
+    matrix: Array  # (N, d, d)
+    vector: Array  # (N, d)
+    noise: Array  # (N,)
+    shrink: Array  # (N,)
+    back: Array  # (N,)
+
+
+class Neighbours(NamedTuple):
+    """Gaussian laws of X_n and of (X_n, X_{n+1})."""
+
+    means: Array  # (N + 1, d)
+    covariances: Array  # (N + 1, d, d)
+    crossed: Array  # (N, d, d) Cov(X_n, X_{n+1})
+
+
+def _mean_log_ratio(path: Quadratics, kernels: Kernels, law: Neighbours) -> float:
+    """Return E log W of `path_bounds`; ``path`` begins with p_0, ends with p_T e^r."""
+    count, d = law.crossed.shape[:2]
+    total = _mean_quadratic(path, count, law) - _mean_quadratic(path, 0, law)
+    for n, (M, c, g, a, b) in enumerate(zip(*kernels, strict=True)):
+        mean, after = law.means[n], law.means[n + 1]
+        here, ahead, crossed = (
+            law.covariances[n],
+            law.covariances[n + 1],
+            law.crossed[n],
+        )
+        gap, back = after - M @ mean - c, mean - a * after
+        forward = gap @ gap + np.trace(ahead + M @ here @ M.T - 2.0 * M @ crossed)
+        backward = back @ back + np.trace(here + a**2 * ahead - 2.0 * a * crossed)
+        total += 0.5 * (forward / g**2 - backward / b + d * np.log(g**2 / b))
+    return float(total)
+
+
+def _mean_quadratic(functions: Quadratics, n: int, law: Neighbours) -> float:
+    """Return the mean of function number n of X_n."""
+    mean = law.means[n]
+    second = law.covariances[n] + np.outer(mean, mean)
+    value = functions.linear[n] @ mean - 0.5 * np.sum(functions.precision[n] * second)
+    return float(value + functions.constant[n])
 
 
 def log_weight_moments(
