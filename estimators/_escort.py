@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
     from sdebench.view import View
 
-PATHS_PER_UNKNOWN = 4
+PATHS_PER_UNKNOWN = 8
 """Paths that fit the field, at least, for every unknown of one regression."""
 
 

@@ -5,13 +5,13 @@ of steps done, escorts the chains of `_escort`.  With l = -log W = log P_F / P_B
 and the scores S_F, S_B of the forward and backward path densities at fixed states, the
 gradients of the two losses in the coefficients are
 
-    kl             KL(P_F || P_B) = E l:        E[(l - E l) S_F] - E S_B,
+    kl             KL(P_F || P_B) = E l:        E[(l - E l) S_F] + E[S_F - S_B],
     log_variance   1/2 Var l, states detached:  Cov(l, S_F - S_B),
 
-neither of which differentiates through the states.  Both step by the inverse of
-Cov(S_F - S_B), the curvature of both losses where l is constant: the fixed point is a
-zero of the loss' gradient, whatever the curvature.  At the optimum log_variance has no
-noise left, as l is constant; kl keeps that of S_B.
+neither of which differentiates through the states (E S_F = 0 takes noise away from the
+first).  Both step by the inverse of Cov(S_F - S_B), the curvature of both losses where l
+is constant, and by no more than moves l by one standard deviation: a fixed point is a
+zero of the loss' gradient, whatever the curvature.  At the optimum log_variance has no noise left, as l is constant; kl keeps that of S_F - S_B.
 
 The field is fitted on one half of the paths and used on the other, both ways, so that
 the weights are unbiased for Z whatever the fit.
@@ -31,6 +31,8 @@ from sdebench.estimator import Array
 from sdebench.estimators._escort import EscortedEstimator, EscortedWeights, Half
 
 LOSSES = ("kl", "log_variance")
+REACH = 1.0
+"""Of one round, in standard deviations of l: longer steps trust too few paths."""
 RIDGE = 1e-9
 """Of the curvature's mean diagonal: against directions that no path moves in."""
 
@@ -52,12 +54,13 @@ def loss_gradient(loss: str, rows: Array) -> tuple[Array, Array]:
     ratio = -(rows[0] - rows[0].mean())
     forward, backward = np.split(rows[1:], 2)
     slopes = forward - backward
-    slopes = slopes - slopes.mean(axis=1, keepdims=True)
+    mean = slopes.mean(axis=1)
+    slopes = slopes - mean[:, None]
     degrees = len(ratio) - 1.0
     curvature = slopes @ slopes.T / degrees
     if loss == "log_variance":
         return slopes @ ratio / degrees, curvature
-    return forward @ ratio / degrees - backward.mean(axis=1), curvature
+    return forward @ ratio / degrees + mean, curvature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,9 @@ c &= \mathrm{argmin}\ \mathrm{E}[-\log W]\ \text{or}\ \mathrm{Var}[\log W]
             )
             gradient, curvature = loss_gradient(self.loss, paths.run(runner, inner))
             ridge = RIDGE * np.trace(curvature) / len(found) * np.eye(len(found))
-            found = found - np.linalg.solve(curvature + ridge, gradient)
+            step = np.linalg.solve(curvature + ridge, gradient)
+            length = np.sqrt(gradient @ step)
+            found = found - step / max(1.0, length / REACH)
         return fields()
 
     def run(self, runner: Runner) -> Array:
