@@ -21,7 +21,8 @@ The mean of log W is a bound, by a relative entropy.  Under the control's own pa
 where P* is the tilted law of the paths: X_N ~ p_T e^r / Z, noised step by step by B_n.
 For kernel_ratio both hold at any number of steps, with exact samples of the tilted law,
 an oracle, for the second.  With girsanov weights P* is the tilted chain of N steps, the
-lower bound is on log Z_N, and nothing samples P* for the upper one.
+lower bound is on log Z_N, and nothing samples P* for the upper one.  No control moves
+the law of X_0: where it remembers X_T, a part of the gap stays even at u*.
 """
 
 from __future__ import annotations
