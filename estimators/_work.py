@@ -58,19 +58,25 @@ def levels(n_steps: int, power: int) -> Array:
     return share**power
 
 
-def not_a_path_of_densities(tables: Tables, power: int) -> str | None:
-    """Return why rho_t is no path from the law of X_0 to the tilted law, or None."""
+def not_a_path_of_densities(tables: Tables, level: Array | None) -> str | None:
+    """Return why rho_t is no path from the law of X_0 to the tilted law, or None.
+
+    ``level`` : lambda_n, (N + 1,); None for paths that are integrable in between.
+    """
     if not starts_from_density(tables):
         return (
             "its paths must start from the density p_t of the base process at the "
             "first time, and X_0 has another law here; denoising problems have the "
             "option start = marginal"
         )
+    if level is None:
+        return None
     assert isinstance(tables, MixtureTables)
     dim = tables.offset.shape[1]
     own = tables.density[:, :, None, dim:-1]
-    ours = levels(len(tables.offset), power)[:, None, None, None]
-    precision = -2.0 * (own + ours * tables.reward[None, None, :, dim:-1])
+    precision = -2.0 * (
+        own + level[:, None, None, None] * tables.reward[None, None, :, dim:-1]
+    )
     least = precision.min(axis=(1, 2, 3))
     if np.all(least > 0.0):
         return None
@@ -187,6 +193,16 @@ def push(tilt, R, g, Z, Y, B):  # type: ignore[no-untyped-def]
             store(Y, i, p, y + g * load(Z, i, p))
 
 
+@block_loop
+def noise_of(tilt, g, X, MEAN, R, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT = (x - mean - tilt R) / g."""
+    inverse = 1.0 / g
+    for i in range(X.shape[0]):
+        for p in range(0, B, lanes(X)):
+            gap = load(X, i, p) - load(MEAN, i, p) - tilt * load(R, i, p)
+            store(OUT, i, p, inverse * gap)
+
+
 @glue
 def forward_step(prepared, work, n, tilt, g, X, R, Z, Y, B):  # type: ignore[no-untyped-def]
     """Y = base mean(x) + tilt R + g z; R = grad r(x)."""
@@ -287,7 +303,8 @@ class WorkEstimator(Estimator):
         return 1
 
     def not_applicable_on(self, tables: Tables, times: Array) -> str | None:
-        return not_a_path_of_densities(tables, self.power)
+        level = levels(len(tables.offset), self.power)
+        return not_a_path_of_densities(tables, level)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from sdebench.estimators._work import (
     add_kernel_ratio,
     level,
     log_kernel_ratio,
+    noise_of,
     step_back,
     step_noise,
     step_shrink,
@@ -51,16 +52,6 @@ if TYPE_CHECKING:
     from sdebench.view import View
 
 BISECTIONS = 60
-
-
-@block_loop
-def noise_of(tilt, g, X, MEAN, R, OUT, B):  # type: ignore[no-untyped-def]
-    """OUT = (x - mean - tilt R) / g."""
-    inverse = 1.0 / g
-    for i in range(X.shape[0]):
-        for p in range(0, B, lanes(X)):
-            gap = load(X, i, p) - load(MEAN, i, p) - tilt * load(R, i, p)
-            store(OUT, i, p, inverse * gap)
 
 
 @block_loop

@@ -49,7 +49,7 @@ class Accumulator:
 
     def __post_init__(self) -> None:
         self.is_weight = self.estimator.reduction == "log_mean_exp"
-        size = 1 if self.is_weight else self.n_params
+        size = 1 if self.estimator.estimand == "log_normalizer" else self.n_params
         self.values = StreamingMoments(size, LANES)
         independent = self.estimator.independent
         self.contributions = StreamingMoments(size, LANES) if independent else None
@@ -207,6 +207,12 @@ def check_finite(accumulator: Accumulator) -> None:
     """Raise if an estimator produced NaN or overflowed."""
     parts = (accumulator.values, accumulator.contributions, accumulator.weights)
     bad = max(part.n_nonfinite for part in parts if part is not None)
+    if bad and accumulator.is_weight:
+        raise NumericalError(
+            f"{accumulator.estimator.label}: in {bad} samples the log-weights are NaN "
+            "or plus infinity, or all weights of a replicate vanish; use more time "
+            "steps, float64, or another annealing"
+        )
     if bad:
         raise NumericalError(
             f"{accumulator.estimator.label} returned NaN or infinity in {bad} "
