@@ -50,7 +50,8 @@ def chain(seed=0):
 def labels(matrices, **options):
     """The rows of a kind of matrices."""
     rate = RATE if matrices == "exponential" else 0.0
-    return MatchingLabels(jacobian=matrices == "jacobian", rate=rate, **options)
+    kind = matrices if matrices in ("jacobian", "controlled") else "decay"
+    return MatchingLabels(matrices=kind, rate=rate, **options)
 
 
 def decay(matrices, n_steps):
