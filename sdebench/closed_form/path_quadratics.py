@@ -58,7 +58,8 @@ class Quadratic(NamedTuple):
 
     def plus(self, other: Quadratic) -> Quadratic:
         """Return the sum."""
-        return Quadratic(*(a + b for a, b in zip(self, other, strict=True)))
+        matrix, vector = self.matrix + other.matrix, self.vector + other.vector
+        return Quadratic(matrix, vector, self.constant + other.constant)
 
     @property
     def mean(self) -> float:

@@ -39,7 +39,7 @@ def made(**options):
 # ---- what is unbiased ----------------------------------------------------------------
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numerators_and_denominator_are_unbiased_for_frozen_parameters(backend):
-    """By quadrature over the paths of theta': E f/g = 1, E[phi f/g] = I for any beta."""
+    """By quadrature over paths of theta': E f/g = 1, E[phi f/g] = I for any beta."""
     noise, weights = grid(CHAIN, 16, start=True)
     found = rows(CHAIN, OffPolicyScores(old=(MOVED,)), THETA, noise, backend=backend)
     policy = CHAIN.policy(THETA)

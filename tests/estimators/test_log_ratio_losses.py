@@ -1,7 +1,7 @@
-"""Moment and variance losses: exact means by quadrature, moments of weights, refusals.
+"""Moment and variance losses: exact means, moments of the weights, refusals.
 
-Expectations are quadratures over all normals of a short chain.  With weights e^{-l} they
-are no polynomials: the nodes are many enough for the tolerance.
+Expectations are quadratures over all normals of a short chain.  With weights e^{-l}
+they are no polynomials: the nodes are many enough for the tolerance.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_the_mean_log_ratio_is_the_objective_on_policy():
 
 
 def test_the_given_value_matters_off_policy_and_for_the_variance():
-    """A constant baseline on policy; elsewhere it moves the gradient by -y E[grad l]."""
+    """A constant baseline on policy; elsewhere the gradient moves by -y E[grad l]."""
     policy = CHAIN.policy(THETA)
     exact = policy.gradient()
     best = float(WEIGHTS @ log_ratios("current"))
@@ -134,7 +134,7 @@ def test_the_learned_value_is_the_mean_of_the_others(sampling):
         for name in ("moment", "log_variance")
     ]
     np.testing.assert_array_equal(*both)
-    product, score, ratio = both[0]
+    _, score, ratio = both[0]
     others = (ratio.sum() - ratio) / 6
     direct = np.mean((ratio - others) * score)
     estimate = made("moment").combine(both[0].mean(axis=1), 7)

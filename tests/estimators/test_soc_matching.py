@@ -521,7 +521,7 @@ def test_matrices_without_noise_in_every_direction_are_refused():
 def test_matrices_are_not_learned_from_too_few_paths():
     settings = {"n_steps": 4, "n_replicates": 2, "backend": "torch"}
     problem = registry.problem("ou_quadratic_easy", dim=3)
-    with pytest.raises(NotApplicableError, match="7 features.*at least 28"):
+    with pytest.raises(NotApplicableError, match=r"7 features.*at least 28"):
         measure(problem, made(matrices="learned"), n_paths=27, **settings)
     for options, count in (({}, 28), ({"family": "diagonal"}, 12)):
         estimator = made(matrices="learned", **options)
