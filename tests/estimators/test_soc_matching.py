@@ -12,6 +12,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from _chain import ScalarChain, grid, rows
 from _matrix_chain import MatrixChain, fifth_degree, third_degree
 from _replicates import make_estimates, make_rows, make_settings
@@ -25,7 +26,11 @@ from sdebench.closed_form.soc_matching import (
     label_gradient,
 )
 from sdebench.errors import NotApplicableError, ParameterError, UnknownNameError
-from sdebench.estimators._learned_matrices import LearnedLabels
+from sdebench.estimators._learned_matrices import (
+    LearnedLabels,
+    _fit_weights,
+    fit_weights,
+)
 from sdebench.estimators._matching_labels import MatchingLabels
 from sdebench.estimators._off_policy import OffPolicyScores
 from sdebench.estimators._tilted_weights import log_weight, normalized, weighted
@@ -315,6 +320,39 @@ def test_learned_labels_are_exact_in_mean_for_the_matrices_of_other_paths(
         np.testing.assert_allclose(mean, exact, atol=1e-10 * np.linalg.norm(exact))
     if family == "diagonal":  # the full ones have no other answer: below
         assert np.max(np.abs(found[0] - found[1])) > 0.01 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_path_moves_the_matrices_of_its_own_half(backend):
+    """Else a label and its matrix would be dependent, and the mean biased."""
+    case = chain()
+    values = np.random.default_rng(6).normal(size=(41, case.size))
+    estimator = LearnedLabels(old="none", family="diagonal")
+    before = case.rows(estimator, values, backend)[: case.n_params]
+    for moved in (12, 13):
+        values[moved] += 0.5
+        after = case.rows(estimator, values, backend)[: case.n_params]
+        changed = np.any(np.abs(after - before) > 1e-9, axis=0)
+        before = after
+        own = changed[moved % 2 :: 2]
+        assert np.flatnonzero(own).tolist() == [moved // 2]
+        assert np.all(changed[1 - moved % 2 :: 2])
+
+
+def test_weights_of_the_fit():
+    """(1 + alpha / mean alpha) / 2 in each half, from both backends."""
+    log_weights = np.random.default_rng(7).normal(size=9) + 500.0
+    totals = np.zeros((4, 9))
+    totals[:3] = np.random.default_rng(8).normal(size=(3, 9))
+    totals[3] = log_weights + totals[:3].sum(axis=0)
+    found = np.ones(9)
+    for half in range(2):
+        alpha = np.exp(log_weights[half::2] - 500.0)
+        expected = 0.5 + 0.5 * alpha / alpha.mean()
+        fit_weights.py_func(totals, 9, half, found)
+        mine = _fit_weights(torch.tensor(log_weights)).numpy()
+        np.testing.assert_allclose(found[half::2], expected, rtol=1e-10)
+        np.testing.assert_allclose(mine[half::2], expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
