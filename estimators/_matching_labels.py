@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PLAIN, WORK, COST = 0, 1, 2
 LOSSES = {"plain": PLAIN, "work": WORK, "cost": COST}
+DECAY, JACOBIAN, CONTROLLED = 0, 1, 2
+MATRICES = {"decay": DECAY, "jacobian": JACOBIAN, "controlled": CONTROLLED}
 
 
 @block_loop
@@ -59,7 +61,7 @@ def _labels_kernel(
     other: Any,
     other_work: Any,
     loss: int,
-    jacobian: bool,
+    matrices: int,
     rate: float,
     OUT: Any,
 ) -> None:
@@ -86,10 +88,14 @@ def _labels_kernel(
         if n == 0:
             break
         primitives.refresh(prepared, work, n, X[n], B)
-        if jacobian:
+        if matrices != 0:
             primitives.base_vjp(prepared, work, n, X[n], A, NEXT, B)
             if loss == 2:
                 primitives.base_vjp(prepared, work, n, X[n], score, moved, B)
+            if matrices == 2:
+                combine(1.0, T, 1.0, Z[n], V, B)
+                combine(1.0, V, 1.0, W[n], V, B)
+                primitives.control_vjp(other, other_work, n, X[n], V, NEXT, B)
         else:
             combine(1.0, Z[n], 1.0 if loss == 0 else 0.0, W[n], V, B)
             solve_noise_transpose(prepared, work, n, V, Y, B)
@@ -120,7 +126,8 @@ class MatchingLabels(OffPolicy):
     ----------
     old : control of the paths; "theta" for the losses "work" and "cost".
     loss : "plain", "work" or "cost".
-    jacobian : of the base as reparametrisation matrices, else exp(-rate/N) per step.
+    matrices : reparametrisation matrices, "decay" by exp(-rate/N) per step, "jacobian"
+        of the base, or "controlled", of the process under theta (loss "plain").
     """
 
     needs: ClassVar[frozenset[str]] = frozenset(
@@ -135,12 +142,12 @@ class MatchingLabels(OffPolicy):
     block_kernel = staticmethod(_labels_kernel)
 
     loss: str = "plain"
-    jacobian: bool = False
+    matrices: str = "decay"
     rate: float = 0.0
 
     @property
     def kernel_options(self) -> tuple[int | float, ...]:
-        return LOSSES[self.loss], self.jacobian, self.rate
+        return LOSSES[self.loss], MATRICES[self.matrices], self.rate
 
     def n_statistics(self, n_params: int) -> int:
         return n_params + 4
@@ -180,10 +187,16 @@ class MatchingLabels(OffPolicy):
         """Return adjoint and score before step n, without the terms of its costs."""
         paths, loss = view.rollout(), LOSSES[self.loss]
         x = paths.states[n]
-        if self.jacobian:
+        if self.matrices != "decay":
             if loss == COST:
                 score = view.base_vjp(n, x, score)
-            return view.base_vjp(n, x, adjoint), score
+            earlier = view.base_vjp(n, x, adjoint)
+            if self.matrices == "controlled":
+                assert view.other is not None
+                noise = paths.noises[n] + paths.controls[n]
+                along = view.noise_transpose(n, adjoint) + noise
+                earlier = earlier + view.other.control_vjp(n, x, along)
+            return earlier, score
         decay = math.exp(-self.rate / view.n_steps)
         noise = paths.noises[n] + (0.0 if loss else paths.controls[n])
         solved = solve_noise(view, n, noise)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdebench.composite import PathCosts, copy_totals
-from sdebench.estimator import Estimator
+from sdebench.estimator import Control, Estimator
 from sdebench.simulate import primitives
 from sdebench.simulate.tile import block_loop, clear, lanes, load, path_kernel, store
 
@@ -111,10 +111,10 @@ class OffPolicy(Estimator):
     estimand: ClassVar[str] = "gradient"
     needs: ClassVar[frozenset[str]] = frozenset({"control_parameter_vjp"})
 
-    old: str | float = "theta"
+    old: Control = "theta"
 
     @property
-    def control(self) -> str | float:
+    def control(self) -> Control:
         return self.old
 
     @property

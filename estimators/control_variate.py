@@ -25,7 +25,7 @@ import numpy as np
 
 from sdebench.composite import PathScores, Runner
 from sdebench.errors import ParameterError, unknown
-from sdebench.estimator import Array, Estimator, Sizes
+from sdebench.estimator import Array, Control, Estimator, Sizes
 from sdebench.estimators._wrapper import WRAPPED, Wrapper
 
 COVARIATES = ("all", "martingale", "score")
@@ -40,7 +40,7 @@ class _ScoresOf(PathScores):
     like: Estimator
 
     @property
-    def control(self) -> str | float:
+    def control(self) -> Control:
         return self.like.control
 
     def noisy_steps(self, n_steps: int) -> Array | None:

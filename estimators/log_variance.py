@@ -28,20 +28,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sdebench.composite import CompositeEstimator, Runner
-from sdebench.errors import unknown
+from sdebench.composite import Runner
 from sdebench.estimator import Array
-from sdebench.estimators._off_policy import OffPolicyScores
-from sdebench.estimators._scores import Scores
+from sdebench.estimators._log_ratio import LogRatioEstimator
 
 if TYPE_CHECKING:
     from sdebench.closed_form.affine_chain import PolicyChain
 
-SAMPLING = {"current": "theta", "base": "none", "optimal": "optimal"}
-
 
 @dataclass(frozen=True, kw_only=True)
-class LogVariance(CompositeEstimator):
+class LogVariance(LogRatioEstimator):
     """Gradient of half the variance of the log-ratio of path laws (VarGrad).
 
     Parameters
@@ -65,21 +61,10 @@ g &= \frac{1}{M - 1} \sum_{m=1}^{M} \left( \ell^{(m)} - \bar\ell \right)
         "half the gradient of the variance of the log-ratio under the paths' law; with "
         "those of the policy itself, the gradient of the discretized objective J_N"
     )
-    needs: ClassVar[frozenset[str]] = frozenset({"control_parameter_vjp"})
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {},
         {"sampling": "base"},
     )
-
-    sampling: str = "current"
-
-    def __post_init__(self) -> None:
-        if self.sampling not in SAMPLING:
-            raise unknown("sampling", self.sampling, SAMPLING)
-
-    @property
-    def control(self) -> str:
-        return SAMPLING[self.sampling]
 
     def n_statistics(self, n_params: int) -> int:
         return 2 * n_params + 1
@@ -99,17 +84,7 @@ g &= \frac{1}{M - 1} \sum_{m=1}^{M} \left( \ell^{(m)} - \bar\ell \right)
         return True
 
     def run(self, runner: Runner) -> Array:
-        count = runner.n_params
-        if self.sampling == "current":
-            (rows,) = runner.run(Scores())
-            log_ratio = 0.0
-        else:
-            (rows,) = runner.run(OffPolicyScores(old=self.control))
-            log_ratio = rows[count]
-        control, running, martingale, reward = rows[-4:]
-        # of the policy to the paths' law, of that to the base, of the base to the tilt
-        log_ratio = log_ratio + (control + martingale) + (running - reward)
-        score = rows[:count]
+        log_ratio, score = self.log_ratio(runner)
         return np.vstack([log_ratio * score, score, log_ratio])
 
     def combine(self, mean: Array, n_paths: int) -> Array:

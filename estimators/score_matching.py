@@ -18,7 +18,9 @@ label of the control is G_n^T (tau_n - grad log p_base,n(x_n)), and
 is that of the cross-entropy KL(P* || P_theta), up to the time step, if x_1 has the
 tilted law, as under the optimal control.  With x_1 of the model itself it is not:
 target and novel score matching still vanish in mean at the optimum, while conditional
-score matching vanishes at every theta, as a model denoises its own samples.
+score matching vanishes at every theta, as a model denoises its own samples.  Samples of
+the model with the weights of their paths, normalised by their mean, have the tilted law
+P*_N of the chain again (data weighted), with a bias of order 1/n_paths.
 
 With one random time per sample, drawn in proportion to the weight of the cross-entropy,
 the noise is finite for novel score matching and every 0 < m < infinity; it diverges for
@@ -37,7 +39,7 @@ P. Vincent, Neural Computation 2011 (conditional).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +48,7 @@ import numpy as np
 from sdebench.errors import ParameterError, unknown
 from sdebench.estimator import Array, Estimator
 from sdebench.estimators._expectations import apply, second_moments, step_products
+from sdebench.estimators._tilted_weights import normalized
 from sdebench.simulate import primitives
 from sdebench.simulate.tile import clear, combine, path_kernel
 
@@ -56,7 +59,8 @@ if TYPE_CHECKING:
     from sdebench.view import View
 
 LABELS = ("conditional", "target", "novel", "affine")
-DATA = ("optimal", "theta")
+DATA = {"optimal": "optimal", "theta": "theta", "weighted": "theta"}
+"""The control of the paths of each ``data``."""
 
 
 @path_kernel
@@ -75,7 +79,7 @@ def block_kernel(
     precision: float,
     OUT: Any,
 ) -> None:
-    """Set OUT (P, B + PADDING) to the gradient of every path of a stored block."""
+    """Set OUT (>= P, B + PADDING) to the gradient of every path of a stored block."""
     N = W.shape[0]
     G, V, S = work.adjoint, work.direction, work.adjoint_next
     Y, CONTROL = other_work.adjoint, other_work.direction
@@ -101,6 +105,52 @@ def block_kernel(
         primitives.control_parameter_vjp(other, other_work, n, Y, V, OUT, 0, B)
 
 
+@path_kernel
+def weighted_kernel(
+    prepared: Any,
+    work: Any,
+    X: Any,
+    Z: Any,
+    W: Any,
+    totals: Any,
+    B: int,
+    other: Any,
+    other_work: Any,
+    count: int,
+    OWN: Any,
+    conditional: bool,
+    precision: float,
+    OUT: Any,
+) -> None:
+    """Set OUT (P + 1, .) to the weighted gradients and the weights of a replicate."""
+    block_kernel(
+        prepared,
+        work,
+        X,
+        Z,
+        W,
+        totals,
+        B,
+        other,
+        other_work,
+        OWN,
+        conditional,
+        precision,
+        OUT,
+    )
+    P = prepared.n_parameters
+    largest = -np.inf
+    for p in range(count):
+        value = totals[3, p] - totals[1, p] - totals[2, p] - totals[0, p]
+        OUT[P, p] = value
+        largest = max(largest, value)
+    for p in range(count):
+        weight = np.exp(OUT[P, p] - largest)
+        OUT[P, p] = weight
+        for i in range(P):
+            OUT[i, p] *= weight
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreMatching(Estimator):
     """Regression of the control on score labels: conditional, target, novel, affine.
@@ -109,7 +159,8 @@ class ScoreMatching(Estimator):
     ----------
     labels : "conditional", "target", "novel", or "affine" with the precision m.
     precision : m > 0 of labels affine; small m is target, large m conditional.
-    data : control of the paths that end in x_1: "optimal", or "theta" (of the model).
+    data : what x_1 is taken from: paths of the "optimal" control, of "theta" (the
+        model), or those "weighted" by the density of the tilted law.
     """
 
     estimand: ClassVar[str] = "cross_entropy_gradient"
@@ -128,17 +179,17 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
 \end{aligned}"""
     unbiased: ClassVar[str] = (
         "the stated sum with the law of X_N of the simulated chain, which tends to the "
-        "gradient of the cross-entropy if that is the tilted law (data optimal); with "
-        "data theta it is no gradient, zero at the optimum, and for the conditional "
-        "target at every theta"
+        "gradient of the cross-entropy if that is the tilted law (data optimal, or "
+        "weighted and many paths); with data theta it is no gradient, zero at the "
+        "optimum, and for the conditional target at every theta"
     )
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {},
         {"labels": "conditional"},
         {"labels": "target"},
         {"data": "theta"},
+        {"data": "weighted"},
     )
-    block_kernel = staticmethod(block_kernel)
 
     labels: str = "novel"
     precision: float = 1.0
@@ -161,6 +212,31 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
             )
 
     @property
+    def block_kernel(self) -> Callable[..., None]:  # type: ignore[override]
+        return weighted_kernel if self._weighted else block_kernel
+
+    @property
+    def _weighted(self) -> bool:
+        return self.data == "weighted"
+
+    @property
+    def declared_bias(self) -> str:
+        return "1/n_paths" if self._weighted else "none"
+
+    @property
+    def independent(self) -> bool:
+        return not self._weighted
+
+    def n_statistics(self, n_params: int) -> int:
+        return n_params + int(self._weighted)
+
+    def group_size(self, n_paths: int) -> int:
+        return n_paths if self._weighted else 1
+
+    def combine(self, mean: Array, n_paths: int) -> Array:
+        return normalized(mean) if self._weighted else mean
+
+    @property
     def _conditional(self) -> bool:
         return self.labels == "conditional"
 
@@ -179,7 +255,7 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
 
     @property
     def control(self) -> str:
-        return self.data
+        return DATA[self.data]
 
     @property
     def other_control(self) -> str:
@@ -200,10 +276,13 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
 
     def target(self, policy: PolicyChain) -> Array:
         chain, eye = policy.chain, np.eye(policy.chain.dim)
-        feedback = policy.gain, policy.bias
-        if self.data == "optimal":
-            feedback = policy.optimal_gain, policy.optimal_bias
-        mean, covariance = (part[-1] for part in chain.moments(*feedback))
+        if self._weighted:
+            law = chain.tilted_moments()
+        elif self.data == "optimal":
+            law = chain.moments(policy.optimal_gain, policy.optimal_bias)
+        else:
+            law = chain.moments(policy.gain, policy.bias)
+        mean, covariance = (part[-1] for part in law)
         alpha, beta = np.asarray(chain.denoiser)[:, 3:].T
         base_mean, base_variance = _base_law(policy)
         # grad log p*(x_1) = A x_1 + b; moments of v and x_n, step by step
@@ -228,6 +307,8 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
         return step_products(policy, v_x, v).sum(0)
 
     def statistics(self, view: View) -> Tensor:
+        import torch
+
         assert view.other is not None
         data, xi = view.rollout().states[-1], view.noise(view.n_steps)
         gradient = data.new_zeros(view.n_paths, view.n_params)
@@ -246,7 +327,11 @@ g &= \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
             label = view.noise_transpose(n, tau - view.base_score(n, x))
             residual = view.other.control(n, x) - label
             gradient = gradient + view.other.control_parameter_vjp(n, x, residual)
-        return gradient
+        if not self._weighted:
+            return gradient
+        log_weights = view.rollout().log_weight
+        weights = torch.exp(log_weights - log_weights.max())[:, None]
+        return torch.cat([weights * gradient, weights], dim=1)
 
 
 def _outer(factors: Array, array: Array) -> Array:

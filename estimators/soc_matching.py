@@ -16,7 +16,14 @@ the gradient of the regression,
 is that of the cross-entropy for every R; only its variance depends on R.  R_k = I is
 M = 1, R_k = e^{-rate/N} the exponential M = e^{-rate (s - t)/T} of a uniform grid, and
 with the Jacobian of the base the noise leaves the label: the lean adjoint
-("SOCM-adjoint").
+("SOCM-adjoint").  The matrices may depend on the path up to step k.  The Jacobian of
+the step under the control theta, d base mean/dx + G dw/dx, gives
+
+    a_k = (d base mean_k/dx)^T a_{k+1} + grad f_k + (dw_k/dx)^T (G_k^T a_{k+1} + y_k),
+
+and at the optimal control of continuous time a_t = grad V(X_t) on every path: of the
+label only the noise of its first step is left.  "learned" fits the R_k by least squares
+to other paths (`sdebench.estimators._learned_matrices`).
 
 Without the weights (unweighted SOCM) the optimal control is still a fixed point for
 every R, but elsewhere the mean depends on R.  Two other losses need no weights.  With
@@ -45,7 +52,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdebench.composite import CompositeEstimator, Runner
 from sdebench.errors import ParameterError, unknown
-from sdebench.estimator import Array
+from sdebench.estimator import Array, Estimator, Sizes
+from sdebench.estimators._learned_matrices import (
+    FAMILIES,
+    PATHS_PER_FEATURE,
+    LearnedLabels,
+    n_features,
+)
 from sdebench.estimators._matching_labels import MatchingLabels
 from sdebench.estimators._proposals import PROPOSALS
 from sdebench.estimators._tilted_weights import log_weight, normalized, weighted
@@ -53,7 +66,9 @@ from sdebench.estimators._tilted_weights import log_weight, normalized, weighted
 if TYPE_CHECKING:
     from sdebench.closed_form.affine_chain import PolicyChain
 
-MATRICES = ("identity", "exponential", "jacobian")
+MATRICES = ("identity", "exponential", "jacobian", "controlled", "learned")
+WEIGHTED_MATRICES = ("controlled", "learned")
+"""Without weights the mean label depends on theta's slope, or on the paths fitted."""
 WEIGHTS = ("importance", "none")
 LOSSES = {
     "plain": "cross_entropy_gradient",
@@ -69,7 +84,10 @@ class SOCMatching(CompositeEstimator):
 
     Parameters
     ----------
-    matrices : "identity", "exponential" (with ``rate``) or "jacobian" (of the base).
+    matrices : "identity", "exponential" (with ``rate``), "jacobian" (of the base),
+        "controlled" (that of the step under the given control) or "learned" (from the
+        other half of the paths); the last two need weights.
+    family : of the learned matrices of each step, "full" or "diagonal".
     rate : of "exponential", over the whole horizon; 0 is "identity".
     weights : "importance", normalised by their mean, or "none" (unweighted SOCM).
     proposal : control of the simulated paths: "zero", "given" (the evaluation point's)
@@ -98,6 +116,8 @@ s = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {},
         {"matrices": "jacobian"},
+        {"matrices": "controlled"},
+        {"matrices": "learned"},
         {"weights": "none"},
         {"weights": "none", "loss": "work"},
     )
@@ -107,6 +127,7 @@ s = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     weights: str = "importance"
     proposal: str = "given"
     loss: str = "plain"
+    family: str = "full"
 
     def __post_init__(self) -> None:
         for kind, allowed in (
@@ -114,6 +135,7 @@ s = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
             ("weights", WEIGHTS),
             ("proposal", PROPOSALS),
             ("loss", LOSSES),
+            ("family", FAMILIES),
         ):
             if getattr(self, kind) not in allowed:
                 raise unknown(kind, getattr(self, kind), allowed)
@@ -127,6 +149,11 @@ s = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
                 f"the loss {self.loss} is a mean under the policy's own paths; give "
                 'weights="none" and proposal="given"'
             )
+        if self.matrices in WEIGHTED_MATRICES and not self._weighted:
+            raise ParameterError(
+                f"without weights the mean label depends on the matrices, and for "
+                f'{self.matrices} ones it is not known; give weights="importance"'
+            )
 
     @property
     def estimand(self) -> str:  # type: ignore[override]
@@ -134,12 +161,13 @@ s = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        own = {"control_vjp"} if self.loss == "cost" else set()
+        slope = self.loss == "cost" or self.matrices == "controlled"
+        own = {"control_vjp"} if slope else set()
         return MatchingLabels.needs - {"control_vjp"} | own
 
     @property
     def needs_invertible_noise(self) -> bool:
-        return self.matrices != "jacobian"
+        return self.matrices not in ("jacobian", "controlled")
 
     @property
     def control(self) -> str:
@@ -158,6 +186,19 @@ s = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
 
     def group_size(self, n_paths: int) -> int:
         return n_paths if self._weighted else 1
+
+    def not_applicable_to(self, sizes: Sizes) -> str | None:
+        if self.matrices != "learned":
+            return None
+        count = n_features(sizes.dim, self.family)
+        least = 2 * PATHS_PER_FEATURE * count
+        if sizes.n_paths >= least:
+            return None
+        return (
+            f"the {self.family} matrices of a step are a regression on {count} "
+            f"features over half of {sizes.n_paths} paths; use at least {least}, or "
+            "the diagonal family"
+        )
 
     @property
     def independent(self) -> bool:
@@ -189,14 +230,20 @@ s = \sum_n \left( \frac{\partial w_n}{\partial \theta} \right)^\top
     def _rate(self) -> float:
         return self.rate if self.matrices == "exponential" else 0.0
 
-    def run(self, runner: Runner) -> Array:
-        labels = MatchingLabels(
+    def _labels(self) -> Estimator:
+        """Return what the labels are asked for by."""
+        if self.matrices == "learned":
+            return LearnedLabels(old=self.control, family=self.family)
+        kept = ("jacobian", "controlled")
+        return MatchingLabels(
             old=self.control,
             loss=self.loss,
-            jacobian=self.matrices == "jacobian",
+            matrices=self.matrices if self.matrices in kept else "decay",
             rate=self._rate,
         )
-        (rows,) = runner.run(labels)
+
+    def run(self, runner: Runner) -> Array:
+        (rows,) = runner.run(self._labels())
         gradient = rows[: runner.n_params]
         if not self._weighted:
             return gradient

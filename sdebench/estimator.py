@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from sdebench.view import View
 
 Array = NDArray[np.float64]
+Control = str | float | tuple[float, ...]
+"""A name, a factor of theta, or parameters: see `Estimator.control`."""
 
 OBJECTIVES = {"control": "gradient", "reward": "reward_only_gradient"}
 """Estimand of a gradient estimator's ``objective`` option: J or -E r(X_T)."""
@@ -145,12 +147,15 @@ class Estimator(ABC):
         return None
 
     @property
-    def control(self) -> str | float:
-        """The control to simulate: "theta", "none", "optimal", or a factor of theta."""
+    def control(self) -> Control:
+        """The control to simulate: "theta", "none", "optimal", or a factor of theta.
+
+        A tuple holds the parameters themselves, such as a composite estimator adapts.
+        """
         return "theta"
 
     @property
-    def other_control(self) -> str | float | None:
+    def other_control(self) -> Control | None:
         """A second control to evaluate along the paths, or None.
 
         Its torch view is ``view.other``; the values are those of `control`.

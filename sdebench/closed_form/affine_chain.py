@@ -646,16 +646,33 @@ class PolicyChain(NamedTuple):
             self.bias_derivative,
         )
 
+    def sampled_feedback(self, sampling: str) -> tuple[Array, Array]:
+        """Return K, k of the control of paths: "current", "optimal" (u*) or "base"."""
+        if sampling == "current":
+            return self.gain, self.bias
+        used = float(sampling == "optimal")
+        return used * self.optimal_gain, used * self.optimal_bias
+
     def log_variance_gradient(self, sampling: str) -> Array:
         """Return `path_quadratics.log_variance_gradient` for paths of a control.
 
-        ``sampling`` : "optimal" (u*) or "base" (no control).
+        ``sampling`` : see `sampled_feedback`.
         """
         from .path_quadratics import log_variance_gradient
 
-        used = float(sampling == "optimal")
-        feedback = used * self.optimal_gain, used * self.optimal_bias
-        return log_variance_gradient(self, *feedback)
+        return log_variance_gradient(self, *self.sampled_feedback(sampling))
+
+    def moment_gradient(self, sampling: str, value: float) -> Array:
+        """Return `path_quadratics.moment_gradient` for paths of a control."""
+        from .path_quadratics import moment_gradient
+
+        return moment_gradient(self, *self.sampled_feedback(sampling), value)
+
+    def weight_variance_gradient(self, sampling: str) -> Array:
+        """Return `path_quadratics.weight_variance_gradient` for paths of a control."""
+        from .path_quadratics import weight_variance_gradient
+
+        return weight_variance_gradient(self, *self.sampled_feedback(sampling))
 
 
 def _apply(matrices: Array, vectors: Array) -> Array:

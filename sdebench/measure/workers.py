@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdebench.composite import CompositeEstimator, Runner, some_paths
-from sdebench.estimator import Estimator
+from sdebench.estimator import Control, Estimator
 from sdebench.problem import Problem
 from sdebench.simulate.noise import Noise, block_noise, normals, split_seed
 from sdebench.simulate.tables import Tables, start_states
@@ -69,19 +69,23 @@ class Worker(Protocol):
 
 
 CONTROLS = ("theta", "none", "optimal")
-"""What an `Estimator.control` may be, besides a factor of theta."""
+"""What an `Estimator.control` may be, besides a factor of theta and parameters."""
 
 
 def control_theta(
-    control: str | float, theta: Array | None, theta_star: Array
+    control: Control, theta: Array | None, theta_star: Array
 ) -> Array | None:
     """Return the parameters of an `Estimator.control`; None is no control."""
     if isinstance(control, str):
         return {"theta": theta, "none": None, "optimal": theta_star}[control]
+    if isinstance(control, tuple):
+        return np.array(control)
     return None if theta is None else control * theta
 
 
-def shared_paths(estimator: Estimator, n_steps: int, n_paths: int) -> Hashable:
+def shared_paths(
+    estimator: Estimator, n_steps: int, n_paths: int
+) -> tuple[Hashable, ...]:
     """Return what estimators must have in common to be measured on the same paths."""
     noisy = estimator.noisy_steps(n_steps)
     return (
@@ -99,7 +103,7 @@ def make_tables(
     """Return an estimator's tables, those of its other control, and its theta."""
     noisy = estimator.noisy_steps(len(settings.times) - 1)
 
-    def tables(control: str | float) -> Tables:
+    def tables(control: Control) -> Tables:
         theta = control_theta(control, settings.theta, problem.theta_star)
         arguments = (theta, settings.times, settings.scheme)
         if noisy is None:
@@ -396,7 +400,7 @@ class Simulations:
         self, problem: Problem, settings: Settings, counts: dict[str, int]
     ) -> None:
         self.problem, self.settings, self.counts = problem, settings, counts
-        self._workers: dict[Hashable, tuple[Any, bytes]] = {}
+        self._workers: dict[Hashable, tuple[Any, Hashable]] = {}
         self._kept: dict[Hashable, tuple[Tables, Tables | None, Array | None]] = {}
 
     def rows(
@@ -412,8 +416,11 @@ class Simulations:
         shared = {shared_paths(e, len(times) - 1, count) for e in estimators}
         if len(shared) != 1:
             raise ValueError("run() needs estimators that share their paths")
-        key = (shared.pop(), times.tobytes(), count)
-        mark = theta.tobytes()
+        composite, control, *rest = shared.pop()
+        # one worker for all parameters that estimators choose for themselves
+        kind = "given" if isinstance(control, tuple) else control
+        key = (composite, kind, *rest, times.tobytes(), count)
+        mark = theta.tobytes(), control
         settings = replace(self.settings, theta=theta, times=times, n_paths=count)
         if key not in self._workers:
             worker: Any = make_worker(self.problem, estimators, settings)

@@ -10,8 +10,9 @@ stop at the tilt, theta* = (1, 1):
   the gradient of J.
 
 Conditional score matching on the model's own samples stops everywhere: a model denoises
-its own samples.  Reinforce adjoint matching stops at an implicit Euler step of the
-tilt, here its projection on the family.
+its own samples; with the weights of their paths it stops at the tilt again.  Reinforce
+adjoint matching stops at an implicit Euler step of the tilt, here its projection on the
+family.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ METHODS = {
     "TSM": ("score_matching:labels=target", "optimal"),
     "NSM": ("score_matching", "optimal"),
     "CSM, own samples": ("score_matching:labels=conditional,data=theta", "own"),
+    "CSM, weighted samples": (
+        "score_matching:labels=conditional,data=weighted",
+        "own, weighted",
+    ),
     "TSM, own samples": ("score_matching:labels=target,data=theta", "own"),
     "NSM, own samples": ("score_matching:data=theta", "own"),
     "reinforce adjoint matching": ("reinforce_adjoint_matching", "own"),
@@ -111,7 +116,7 @@ class MatchingFixedPoints(Study):
         "extrapolated to continuous time. Simulated: the mean of the estimator at the "
         f"zero of the chain of {LADDER[0]} steps against the exact one, "
         f"{N_REPLICATES * 256:,} paths, relative to the mean at θ = 0. Samples: of the "
-        "optimal control, or of the model itself."
+        "optimal control, of the model itself, or these with their paths' weights."
     )
 
     def experiment(self, seed: int, progress: Progress) -> pd.DataFrame:

@@ -113,7 +113,7 @@ class GivenNoise(Runner):
     def noise(self, n_steps=None):
         return self._noise
 
-    def run(self, *estimators, noise=None, theta=None, times=None):
+    def run(self, *estimators, noise=None, theta=None, times=None, first=0):
         return self._simulations.rows(
             estimators,
             self.theta,

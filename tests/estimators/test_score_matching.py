@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from _checks import ALARM
+from _expectation import view_of
+from _replicates import make_rows, make_settings
 
 from sdebench import registry
 from sdebench.closed_form.log_quadratics import gradient
@@ -21,7 +23,7 @@ from sdebench.closed_form.regression_targets import RegressionTargets
 from sdebench.errors import NotApplicableError, ParameterError, UnknownNameError
 from sdebench.estimators import score_matching as module
 from sdebench.measure import measure, measure_group
-from sdebench.simulate.noise import split_seed
+from sdebench.simulate.noise import Noise, split_seed
 from sdebench.view import View
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -82,6 +84,72 @@ def test_unbiased_for_its_target(options):
         for row in measured(problem, [estimator(**v) for v in VARIANTS], point):
             assert row["status"] == "ok", row["reason"]
             assert row["p_value_own"] > ALARM, row["estimator_label"]
+
+
+def weighted_nodes(problem, options, point):
+    """Rows and weights of a quadrature over all normals of paths of two steps."""
+    chosen = estimator(data="weighted", **options)
+    times = problem.time_grid(2)
+    rules = [np.polynomial.hermite_e.hermegauss(n) for n in (30, 30, 30, 3)]
+    index = np.indices([len(points) for points, _ in rules]).reshape(4, -1)
+    # start, two steps, and xi
+    values, weights = (
+        np.array([rule[part][i] for rule, i in zip(rules, index, strict=True)])
+        for part in (0, 1)
+    )
+    noise = Noise(values[1:3, None], values[:1], np.full(values.shape[1], 0.5))
+    theta = problem.theta(point)
+    arguments = {"estimator": chosen, "noise": noise}
+    other = view_of(problem, theta, times, **arguments)
+    view = view_of(problem, theta, times, other=other, **arguments)
+    view.own = values[3:, :, None]
+    return chosen.statistics(view).numpy().T, np.prod(weights, axis=0)
+
+
+@pytest.mark.parametrize("labels", ["conditional", "target", "novel"])
+def test_weighted_means_are_the_target(labels):
+    """Weights are no polynomials: 30 nodes in each normal leave 1e-6."""
+    problem = registry.problem("gaussian_tilt", mean=0.3)
+    for point in ("halfway", "overshoot"):
+        rows, weights = weighted_nodes(problem, {"labels": labels}, point)
+        chosen = estimator(labels=labels, data="weighted")
+        found = chosen.combine(rows @ weights, 1)
+        target = exact(problem, {"labels": labels, "data": "weighted"}, point, 2)
+        np.testing.assert_allclose(found, target, rtol=1e-6)
+        # the law of the weights is neither that of the model nor of the optimal paths
+        for data in ("theta", "optimal"):
+            other = exact(problem, {"labels": labels, "data": data}, point, 2)
+            assert np.linalg.norm(other - target) > 0.01 * np.linalg.norm(target)
+
+
+def test_weighted_rows_are_those_of_the_model_times_their_weights():
+    problem = gaussian()
+    settings = {"backend": "numba", "n_paths": 64}
+    settings = make_settings(problem, **settings)
+    weighted, plain, costs = (
+        make_rows(problem, chosen, settings)[0]
+        for chosen in (
+            estimator(data="weighted"),
+            estimator(data="theta"),
+            registry.estimator("path_importance_sampling"),
+        )
+    )
+    weights = np.exp(costs[0] - costs[0].max())
+    np.testing.assert_allclose(weighted[-1], weights, rtol=1e-12)
+    np.testing.assert_allclose(weighted[:-1], weights * plain, rtol=1e-10, atol=1e-12)
+
+
+def test_weighted_samples_have_the_tilt_for_a_fixed_point():
+    """Conditional score matching stops there, and without weights everywhere."""
+    problem = gaussian(rate=12.0)
+
+    def sizes(point):
+        options = {"labels": "conditional", "data": "weighted"}
+        found = [np.linalg.norm(exact(problem, options, point, n)) for n in (200, 800)]
+        return np.array(found) / np.linalg.norm(exact(problem, options, "zero", 200))
+
+    assert sizes("optimum")[1] < 0.4 * sizes("optimum")[0] < 0.05
+    assert sizes("halfway")[1] > 0.3
 
 
 def wrong_labels(factor_tau, factor_score):

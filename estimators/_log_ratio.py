@@ -1,0 +1,54 @@
+"""Log-ratio of the policy's path law to the tilted one, along paths of any control.
+
+With the noise y_n = z_n + v_n of the base process on paths of a control v,
+
+    l = sum_n (w_n . y_n - 1/2 |w_n|^2 + f_n) - r(X_N) = log dP_theta/dP* - log Z,
+    grad l = sum_n (dw_n/dtheta)^T (y_n - w_n),
+
+the gradient with the path held fixed: the score of the policy.  Losses on l do not
+depend on v at their minimum, where l is a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sdebench.composite import CompositeEstimator, Runner
+from sdebench.errors import unknown
+from sdebench.estimator import Array
+from sdebench.estimators._off_policy import OffPolicyScores
+from sdebench.estimators._scores import Scores
+
+SAMPLING = {"current": "theta", "base": "none", "optimal": "optimal"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogRatioEstimator(CompositeEstimator):
+    """A loss on the log-ratio over paths of the control ``sampling``."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"control_parameter_vjp"})
+
+    sampling: str = "current"
+
+    def __post_init__(self) -> None:
+        if self.sampling not in SAMPLING:
+            raise unknown("sampling", self.sampling, SAMPLING)
+
+    @property
+    def control(self) -> str:
+        return SAMPLING[self.sampling]
+
+    def log_ratio(self, runner: Runner) -> tuple[Array, Array]:
+        """Return l (n_paths,) and grad l (P, n_paths)."""
+        count = runner.n_params
+        if self.sampling == "current":
+            (rows,) = runner.run(Scores())
+            ratio = 0.0
+        else:
+            (rows,) = runner.run(OffPolicyScores(old=self.control))
+            ratio = rows[count]
+        control, running, martingale, reward = rows[-4:]
+        # of the policy to the paths' law, of that to the base, of the base to the tilt
+        ratio = ratio + (control + martingale) + (running - reward)
+        return ratio, rows[:count]
