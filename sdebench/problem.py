@@ -68,6 +68,8 @@ class Problem(ABC):
     schemes : the time-stepping schemes that the tables know.
     family_holds_optimum : whether theta_star gives u*; if not, theta_star is the
         minimizer of J in the control family, and J(theta_star) > J(u*).
+    has_derivatives : whether X_T and the reward have derivatives that an estimator may
+        use; if not, those that need one are refused.
     """
 
     default_steps: ClassVar[int] = 50
@@ -77,6 +79,7 @@ class Problem(ABC):
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
     family_holds_optimum: ClassVar[bool] = True
+    has_derivatives: ClassVar[bool] = True
 
     # ---- identity ---------------------------------------------------------------
     @property

@@ -83,7 +83,8 @@ class MixtureTables(NamedTuple):
     ``[lin (d), quad (d), const]``; s_i = grad log sum_k exp l_ik.
 
     base mean(x) = a_n * x + c_n + b_n s_0(x);   w_n(x) = e_n (s_1(x) - s_0(x));
-    G_n = g_n I;   no running cost;   reward r(x) = log sum_k exp l_k(x).
+    G_n = g_n I;   no running cost;   reward r(x) = log sum_k exp l_k(x), minus the
+    same of ``reward_below`` where it has rows: the log-probability of a classifier.
     s_0 = 0 when the base is Gaussian (K0 = 0: the score is inside a_n, c_n).
     ``tilted_derivative[p]`` is the derivative of ``tilted`` with respect to theta_p.
     X_0 ~ sum_k weight_k N(start_mean_k, diag(start_scale_k^2)).
@@ -111,6 +112,7 @@ class MixtureTables(NamedTuple):
     end_cumulative: Array = np.zeros(0)  # (Ke,) like start_cumulative, or empty
     end_mean: Array = np.zeros((0, 0))  # (Ke, d)
     end_scale: Array = np.zeros((0, 0))  # (Ke, d)
+    reward_below: Array = np.zeros((0, 0))  # (Kb, 2d + 1), or empty
 
 
 class SineTables(NamedTuple):

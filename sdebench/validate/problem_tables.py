@@ -105,7 +105,10 @@ def table_running_cost(tables: Tables, n: int, x: Array) -> Array:
 def table_reward(tables: Tables, x: Array) -> Array:
     """Return r (m,)."""
     if isinstance(tables, MixtureTables):
-        return lq.log_value(tables.reward, x)
+        value = lq.log_value(tables.reward, x)
+        if len(tables.reward_below):
+            value = value - lq.log_value(tables.reward_below, x)
+        return value
     if isinstance(tables, SeparableTables):
         return _separable_reward(tables, x)
     y = x if isinstance(tables, LinearTables) else _extended(tables, x)
