@@ -76,6 +76,24 @@ class EmpiricalTilting(TiltingFamily):
         nothing = np.zeros_like(points)
         return rows, (nothing, points, nothing)
 
+    def _log_posterior(self, x: Array, t: float) -> tuple[Array, Array]:
+        """Return log omega (..., K) and the slopes of its exponents (K, d)."""
+        rows = self.base.marginal(t)
+        exponents = lq.terms(rows, x)
+        total = logsumexp(exponents, axis=-1, keepdims=True)
+        return exponents - total, lq.split(rows)[0]
+
+    def log_h(self, x: Array, t: float, theta: Array) -> Array:
+        # one posterior, not a difference of two: nothing large cancels
+        logs = self._log_posterior(x, t)[0]
+        return np.asarray(logsumexp(logs + theta @ self.values, axis=-1))
+
+    def control(self, x: Array, t: float, theta: Array) -> Array:
+        logs, slopes = self._log_posterior(x, t)
+        tilted = logs + theta @ self.values
+        tilted = tilted - logsumexp(tilted, axis=-1, keepdims=True)
+        return self.base.sigma(t) * ((np.exp(tilted) - np.exp(logs)) @ slopes)
+
     def feature_moments(self, x: Array, theta: Array) -> tuple[Array, Array]:
         gamma = self._posterior(x, theta)[0]
         mean = gamma @ self.values.T
