@@ -157,7 +157,7 @@ class SeparableTables(NamedTuple):
     w_ni(x) = sum_j K_nij y_i^j;   G_n = diag(g_n);
     running cost of step n: sum_ij F_nij y_i^j + the wave's;
     reward r(x) = sum_ij q_ij y_i^j + sum_i log(sum_j p_ij y_i^j)
-                  - c log(1 + s) + a sin(s^b);
+                  - c log(1 + s) + a sin(s^b) - 1/2 f e^{-x_0} (s - x_0^2);
     X_0 = m_0 + L_0 z.
 
     Beyond the reach the force of a polynomial potential is constant: with a cubic
@@ -186,6 +186,7 @@ class SeparableTables(NamedTuple):
     reward_wave: Array = np.zeros(1)  # (1,)   a
     wave_power: Array = np.zeros(1)  # (1,)   b
     wave: Array = np.zeros((0, 4))  # (N, 4), or (0, 4) for none
+    reward_funnel: Array = np.zeros(1)  # (1,)   f
     noisy: Array = np.zeros(0)  # (N,) or empty
     denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
 

@@ -509,6 +509,9 @@ class TorchSeparable:
         value = value - t.reward_log[0] * torch.log(1.0 + s)
         if t.reward_wave[0] != 0.0:
             value = value + t.reward_wave[0] * torch.sin((s + TINY) ** self._power)
+        if t.reward_funnel[0] != 0.0:
+            pull = t.reward_funnel[0] * torch.exp(-x[:, 0])
+            value = value - 0.5 * pull * (x[:, 1:] ** 2).sum(1)
         return value
 
     def reward_gradient(self, x: Tensor) -> Tensor:
@@ -522,7 +525,13 @@ class TorchSeparable:
         pull = -t.reward_log[0] / (1.0 + s)
         if t.reward_wave[0] != 0.0:
             pull = pull + t.reward_wave[0] * self._wave(s + TINY)[0]
-        return slope + 2.0 * pull[:, None] * x
+        slope = slope + 2.0 * pull[:, None] * x
+        if t.reward_funnel[0] != 0.0:
+            others = x[:, 1:]
+            pull = t.reward_funnel[0] * torch.exp(-x[:, :1])
+            own = 0.5 * pull * (others**2).sum(1, keepdim=True)
+            slope = slope + torch.cat([own, -pull * others], dim=1)
+        return slope
 
 
 def _horner(coefficients: Tensor, y: Tensor) -> Tensor:

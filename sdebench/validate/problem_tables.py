@@ -123,6 +123,8 @@ def _separable_reward(tables: SeparableTables, x: Array) -> Array:
     y, s = _clipped(tables, x), np.sum(x**2, axis=1)
     value = tables.reward_wave * np.sin(s**tables.wave_power)
     value = value - tables.reward_log * np.log1p(s)
+    others = np.sum(x[:, 1:] ** 2, axis=1)
+    value = value - 0.5 * tables.reward_funnel * np.exp(-x[:, 0]) * others
     if len(tables.reward):
         value = value + _polynomials(tables.reward, y).sum(axis=1)
     if len(tables.reward_factor):
