@@ -29,6 +29,7 @@ from sdebench.simulate.tile import (
     sincos,
     store,
 )
+from sdebench.simulate.tile import exp as exps
 
 
 class PreparedSeparable(NamedTuple):
@@ -312,7 +313,7 @@ def add_funnel(f, X, OUT, row, B):  # type: ignore[no-untyped-def]
         for i in range(1, X.shape[0]):
             x = load(X, i, p)
             total = total + x * x
-        pull = (0.5 * f) * exp(0.0 - load(X, 0, p))
+        pull = (0.5 * f) * exps(0.0 - load(X, 0, p))
         store(OUT, row, p, load(OUT, row, p) - pull * total)
 
 
@@ -321,7 +322,7 @@ def add_funnel_gradient(f, X, OUT, B):  # type: ignore[no-untyped-def]
     """OUT += the gradient of `add_funnel`."""
     for p in range(0, B, lanes(X)):
         total = fill(X, 0.0)
-        pull = f * exp(0.0 - load(X, 0, p))
+        pull = f * exps(0.0 - load(X, 0, p))
         for i in range(1, X.shape[0]):
             x = load(X, i, p)
             total = total + x * x
