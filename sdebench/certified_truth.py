@@ -178,8 +178,12 @@ def root_bound(root: float, bound: float) -> float:
     return min(bound / root, float(np.sqrt(bound))) if root else float(np.sqrt(bound))
 
 
-def best_in_family(problem: Problem, steps: int = 80) -> Array:
+def best_in_family(
+    problem: Problem, steps: int = 80, start: Array | None = None
+) -> Array:
     """Return the minimizer of J in the control family, by Newton's method.
+
+    From no control, or from ``start``.
 
     Raises
     ------
@@ -188,7 +192,8 @@ def best_in_family(problem: Problem, steps: int = 80) -> Array:
     """
     from sdebench.errors import NumericalError
 
-    theta, truth = np.zeros(problem.n_params), problem.truth
+    truth = problem.truth
+    theta = np.zeros(problem.n_params) if start is None else start
     size, step = np.inf, 1e-4
     for _ in range(steps):
         gradient = truth.gradient(theta)

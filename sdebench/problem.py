@@ -69,6 +69,8 @@ class Problem(ABC):
     family_holds_optimum : whether theta_star gives u*; if not, theta_star is the
         minimizer of J in the control family, and J(theta_star) > J(u*).
     backends : what can simulate its tables, the fastest first.
+    has_derivatives : whether X_T and the reward have derivatives that an estimator may
+        use; if not, those that need one are refused.
     """
 
     default_steps: ClassVar[int] = 50
@@ -79,6 +81,7 @@ class Problem(ABC):
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
     family_holds_optimum: ClassVar[bool] = True
     backends: ClassVar[tuple[str, ...]] = ("numba", "torch")
+    has_derivatives: ClassVar[bool] = True
 
     # ---- identity ---------------------------------------------------------------
     @property

@@ -116,7 +116,7 @@ class TiltingProblem(Problem):
             base=np.array([row[0] for row in rows]),
             tilted=np.array([row[1] for row in rows]),
             tilted_derivative=np.array([row[2] for row in rows]).swapaxes(0, 1).copy(),
-            reward=family.reward_rows(self.theta_star),
+            **self._reward_tables(),
             start_cumulative=np.append(np.cumsum(start.weights)[:-1], 1.0),
             start_mean=np.ascontiguousarray(start.means),
             start_scale=np.ascontiguousarray(start.scales),
@@ -127,6 +127,10 @@ class TiltingProblem(Problem):
             end_mean=np.ascontiguousarray(end_means),
             end_scale=np.sqrt(end_variances) * np.ones_like(end_means),
         )
+
+    def _reward_tables(self) -> dict[str, Array]:
+        """Return the fields of the reward."""
+        return {"reward": self.family.reward_rows(self.theta_star)}
 
     def _density(self, times: Array) -> Array:
         """Return the rows of p_t at all times (N + 1, K, 2d + 1), or none."""

@@ -32,6 +32,7 @@ from sdebench.closed_form.collocation import N_NODES, gauss_rule
 from sdebench.closed_form.grid_chain import PolicyAnswers
 
 Array = NDArray[np.float64]
+Final = Callable[[float, float], Array]
 
 HALF_WIDTH = 9.0
 """Standard deviations of a normal law in a sum; exp(-9^2 / 2) is 3e-18."""
@@ -102,8 +103,13 @@ class PolynomialTilt:
         bend = second - first**2
         return -np.array([weights @ np.log(p), weights @ first, 0.5 * weights @ bend])
 
-    def policy(self, theta: Array, n_panels: int, spacing: float) -> PolicyAnswers:
-        """Return the answers in continuous time; theta (4,) of k, then of b."""
+    def policy(
+        self, theta: Array, n_panels: int, spacing: float, final: Final | None = None
+    ) -> PolicyAnswers:
+        """Return the answers in continuous time; theta (4,) of k, then of b.
+
+        ``final`` takes the place of G and its derivatives, as functions of m and c.
+        """
         nodes, weights, matrix = gauss_rule(N_NODES)
         width = self.horizon / n_panels
         t = width * (np.arange(n_panels)[:, None] + nodes)
@@ -125,7 +131,11 @@ class PolynomialTilt:
         c = np.exp(-2.0 * growth) * (c0 + noise)
         mean = float(np.exp(-last) * (m0 + total_push))
         variance = float(np.exp(-2.0 * last) * (c0 + total_noise))
-        final, along, across = self._final(mean, variance, spacing)
+        value, along, across = (
+            self._final(mean, variance, spacing)
+            if final is None
+            else final(mean, variance)
+        )
         # l and n, each the costs still to come and the end
         gained, whole = integral(np.exp(-growth) * (k**2 * m - k * b))
         carried = np.exp(growth - last)
@@ -144,15 +154,17 @@ class PolynomialTilt:
         energy = 0.5 * (k**2 * (c + m**2) - 2.0 * k * b * m + b**2)
         alone, alone_spread = carried * along, carried**2 * across
         return PolicyAnswers(
-            objective=float(final + np.sum(energy @ at)),
-            reward_only_objective=float(final),
+            objective=float(value + np.sum(energy @ at)),
+            reward_only_objective=float(value),
             gradient=total(own - m * full - 2.0 * c * full_spread, shift + full),
             reward_only_gradient=total(-m * alone - 2.0 * c * alone_spread, alone),
             matching_gradient=total(own - lean_product, shift + left * along),
         )
 
-    def chain(self, theta: Array, times: Array, spacing: float) -> PolicyAnswers:
-        """Return the answers of the Euler-Maruyama chain."""
+    def chain(
+        self, theta: Array, times: Array, spacing: float, final: Final | None = None
+    ) -> PolicyAnswers:
+        """Return the answers of the Euler-Maruyama chain; ``final`` as in `policy`."""
         h, rho = np.diff(times), self.profiles(times[:-1])
         k, b = rho @ theta[:2], rho @ theta[2:]
         factor, base = 1.0 - h * (self.rate + k), 1.0 - h * self.rate
@@ -162,7 +174,12 @@ class PolynomialTilt:
         for n in range(count):
             m[n + 1] = factor[n] * m[n] + h[n] * b[n]
             c[n + 1] = factor[n] ** 2 * c[n] + h[n]
-        final, along, across = self._final(float(m[-1]), float(c[-1]), spacing)
+        mean, variance = float(m[-1]), float(c[-1])
+        value, along, across = (
+            self._final(mean, variance, spacing)
+            if final is None
+            else final(mean, variance)
+        )
         m, c = m[:-1], c[:-1]
         full, spread, alone, alone_spread, lean, cross = np.empty((6, count))
         ahead = np.array([along, across, along, across, along, across])
@@ -184,8 +201,8 @@ class PolynomialTilt:
             return np.concatenate([part @ weighted for part in parts])
 
         return PolicyAnswers(
-            objective=float(final + h @ energy),
-            reward_only_objective=float(final),
+            objective=float(value + h @ energy),
+            reward_only_objective=float(value),
             gradient=total(full, spread, 1.0),
             reward_only_gradient=total(alone, alone_spread, 0.0),
             matching_gradient=total(lean, cross, 1.0),

@@ -206,6 +206,10 @@ class TiltingFamily:
         gamma = lq.weights(rows, x)
         return gamma, gain * x[:, None, :] + shift, variance
 
+    def feature_moments(self, x: Array, theta: Array) -> tuple[Array, Array]:
+        """Return E^theta of phi(X_T) given X_0 = x (n, d), (n, P), and covariances."""
+        return lq.feature_covariance(self.features, *self._posterior(x, theta))
+
     def objective_and_gradient(
         self, theta: Array, *, reward_only: bool = False
     ) -> tuple[float, Array, float, float]:
@@ -218,9 +222,7 @@ class TiltingFamily:
         start = self.base.start_time
 
         def integrand(x: Array) -> Array:
-            mean, covariance = lq.feature_covariance(
-                self.features, *self._posterior(x, theta)
-            )
+            mean, covariance = self.feature_moments(x, theta)
             rest = self.constant if reward_only else self.log_h(x, start, theta)
             value = mean @ delta - rest
             return np.concatenate([value[:, None], covariance @ delta], axis=1)
@@ -270,9 +272,7 @@ class TiltingFamily:
         count = len(self.features)
 
         def integrand(x: Array) -> Array:
-            mean, covariance = lq.feature_covariance(
-                self.features, *self._posterior(x, theta)
-            )
+            mean, covariance = self.feature_moments(x, theta)
             return np.concatenate([mean, covariance.reshape(len(x), -1)], axis=1)
 
         value, _ = self._expect(integrand)
@@ -427,7 +427,7 @@ class TiltingFamily:
 
         def integrand(x: Array) -> Array:
             own, best = (
-                lq.feature_covariance(self.features, *self._posterior(x, parameters))[0]
+                self.feature_moments(x, parameters)[0]
                 for parameters in (theta, self.theta_star)
             )
             if law is not None:

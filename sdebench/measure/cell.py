@@ -55,6 +55,7 @@ from sdebench.simulate.tables import (
     noise_depends_on_state,
     noise_is_invertible,
 )
+from sdebench.view import DERIVATIVES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,6 +74,8 @@ NO_TARGET = "no exact target"
 PARTIAL = "unbiased for its target"
 """Verdict on an estimator of something else than the N-step gradient."""
 
+OF_THE_STATE = frozenset(DERIVATIVES) - {"control_parameter_vjp"}
+"""Needs that differentiate the flow, its costs or the reward in the state."""
 BACKENDS = ("numba", "torch")
 DTYPES = ("float64", "float32")
 
@@ -287,6 +290,11 @@ def refusal(request: Request, estimator: Estimator) -> str | None:
 
 def _unmet_need(request: Request, estimator: Estimator) -> str | None:
     """Return what the estimator needs of the process and does not find, or None."""
+    if not request.problem.has_derivatives and estimator.needs & OF_THE_STATE:
+        return (
+            "it differentiates the flow or the reward, and X_T is one of finitely many "
+            "data points in this problem: it jumps, and has no derivative"
+        )
     noisy = estimator.noisy_steps(len(request.times) - 1)
     if noisy is not None:
         request.problem.tables(None, request.times, request.scheme, noisy)

@@ -62,6 +62,7 @@ class PreparedMixture(NamedTuple):
     base: Scores
     tilted: Scores
     reward: Scores
+    below: Scores  # what is subtracted from it, or no components
     derivative_shared: Array  # (N, P, F): d[lin, quad] of component 0
     derivative_constant: Array  # (N, P, K): dconst minus that of component 0
     derivative_rest: Array  # (N, M, K): the other d[lin, quad] that differ from it
@@ -98,6 +99,7 @@ class MixtureWork(NamedTuple):
     base: ScoresWork
     tilted: ScoresWork
     reward: ScoresWork
+    below: ScoresWork
     density: ScoresWork
     features: Array  # (F, .) of the state
     along: Array  # (F, .) of the direction
@@ -149,10 +151,12 @@ def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
     dim = tables.scale.shape[1]
     reward = tables.reward[None]
     derivative = tables.tilted_derivative
-    density = tables.density
+    density, below = tables.density, tables.reward_below[None]
     if len(density) == 0:
         density = np.zeros((0, 0, 2 * dim + 1))
-    quadratics = (tables.base, tables.tilted, reward, derivative, density)
+    if below.size == 0:
+        below = np.zeros((1, 0, 2 * dim + 1))
+    quadratics = (tables.base, tables.tilted, reward, below, derivative, density)
     isotropic = all(is_isotropic(rows, dim) for rows in quadratics)
     shared, rest = split_derivative(derivative, dim + 1 if isotropic else 2 * dim, dim)
     parameter, feature = np.nonzero(np.any(rest[..., :-1] != 0.0, axis=(1, 2)))
@@ -166,6 +170,7 @@ def prepare_mixture(tables: MixtureTables, dtype: DTypeLike) -> PreparedMixture:
         make_scores(tables.base, dim, isotropic, dtype),
         make_scores(tables.tilted, dim, isotropic, dtype),
         make_scores(reward, dim, isotropic, dtype),
+        make_scores(below, dim, isotropic, dtype),
         cast(shared.transpose(1, 0, 2)),
         cast(rest[..., -1].transpose(1, 0, 2)),
         cast(rest[parameter, :, :, feature].transpose(1, 0, 2)),
@@ -193,7 +198,13 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
     def rows(count: int) -> Array:
         return np.zeros((count, width), dtype)
 
-    mixtures = (prepared.base, prepared.tilted, prepared.reward, prepared.density)
+    mixtures = (
+        prepared.base,
+        prepared.tilted,
+        prepared.reward,
+        prepared.below,
+        prepared.density,
+    )
     most = max(mixture.constant.shape[1] for mixture in mixtures)
     projection = rows(most)  # of one mixture at a time
 
@@ -212,6 +223,7 @@ def work_mixture(prepared: PreparedMixture, block: int) -> MixtureWork:
         scores(prepared.base),
         scores(prepared.tilted),
         scores(prepared.reward),
+        scores(prepared.below),
         scores(prepared.density),
         rows(features),
         rows(features),
@@ -573,22 +585,29 @@ def running_cost_gradient(prepared, work, n, X, OUT, B):  # type: ignore[no-unty
 
 @block_loop
 def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
-    """OUT[row] = log sum_k exp l_k(x)."""
-    state = work.reward
+    """OUT[row] = log sum_k exp l_k(x), minus the same of ``below``."""
+    state, below = work.reward, work.below
     state_features(X, work.direction.shape[0], work.along, B)
     weigh(prepared.reward, state, 0, work.along, B)
     out, top, inverse = OUT[row], state.top[0], state.inverse[0]
     for p in range(B):
         out[p] = top[p] - log(inverse[p])
+    if below.weight.shape[0] > 0:
+        weigh(prepared.below, below, 0, work.along, B)
+        for p in range(B):
+            out[p] -= below.top[0, p] - log(below.inverse[0, p])
 
 
 @block_loop
 def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
-    """OUT = score of the reward's mixture."""
+    """OUT = score of the reward's mixture, minus that of ``below``."""
     state_features(X, work.direction.shape[0], work.along, B)
     score(prepared.reward, work.reward, 0, work.along, work.zero, B)
     S = work.reward.score
     combine(1.0, S, 0.0, S, OUT, B)
+    if work.below.weight.shape[0] > 0:
+        score(prepared.below, work.below, 0, work.along, work.zero, B)
+        combine(1.0, OUT, -1.0, work.below.score, OUT, B)
 
 
 @block_loop

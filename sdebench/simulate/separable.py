@@ -30,6 +30,7 @@ from sdebench.simulate.tile import (
     sincos,
     store,
 )
+from sdebench.simulate.tile import exp as exps
 
 
 class PreparedSeparable(NamedTuple):
@@ -55,6 +56,7 @@ class PreparedSeparable(NamedTuple):
     wave: Array  # (N or 0, 4)
     variance: Array  # (d or 0, 3)
     control_power: Array  # (1,)
+    funnel: Array  # (1,)
     start_mean: Array  # (d,)
     start_factor: Array  # (d, d)
     noisy: Array  # (N,) 1 or 0
@@ -117,6 +119,7 @@ def prepare_separable(tables: SeparableTables, dtype: DTypeLike) -> PreparedSepa
         cast(tables.wave),
         cast(tables.variance),
         cast(tables.control_power),
+        cast(tables.reward_funnel),
         cast(tables.start_mean),
         cast(tables.start_factor),
         cast(noise_mask(tables)),
@@ -378,6 +381,31 @@ def add_wave_cost_gradient(c, power, R, X, OUT, B):  # type: ignore[no-untyped-d
             store(OUT, i, p, load(OUT, i, p) + pull * load(X, i, p))
 
 
+@block_loop
+def add_funnel(f, X, OUT, row, B):  # type: ignore[no-untyped-def]
+    """OUT[row] -= 1/2 f e^{-x_0} times the squares of the others."""
+    for p in range(0, B, lanes(X)):
+        total = fill(X, 0.0)
+        for i in range(1, X.shape[0]):
+            x = load(X, i, p)
+            total = total + x * x
+        pull = (0.5 * f) * exps(0.0 - load(X, 0, p))
+        store(OUT, row, p, load(OUT, row, p) - pull * total)
+
+
+@block_loop
+def add_funnel_gradient(f, X, OUT, B):  # type: ignore[no-untyped-def]
+    """OUT += the gradient of `add_funnel`."""
+    for p in range(0, B, lanes(X)):
+        total = fill(X, 0.0)
+        pull = f * exps(0.0 - load(X, 0, p))
+        for i in range(1, X.shape[0]):
+            x = load(X, i, p)
+            total = total + x * x
+            store(OUT, i, p, load(OUT, i, p) - pull * x)
+        store(OUT, 0, p, load(OUT, 0, p) + 0.5 * pull * total)
+
+
 # Primitives: see primitives.py --------------------------------------------------------
 
 
@@ -531,6 +559,8 @@ def reward(prepared, work, X, OUT, row, B):  # type: ignore[no-untyped-def]
         for p in range(0, B, lanes(X)):
             sine = wave_slopes(load(R, 1, p), load(R, 2, p), radial[2])[3]
             store(OUT, row, p, load(OUT, row, p) + radial[1] * sine)
+    if prepared.funnel[0] != 0.0:
+        add_funnel(prepared.funnel[0], X, OUT, row, B)
 
 
 @block_loop
@@ -555,3 +585,5 @@ def reward_gradient(prepared, work, X, OUT, B):  # type: ignore[no-untyped-def]
             pull = radial[1] * slope - radial[0] / (1.0 + load(R, 0, p))
             for i in range(X.shape[0]):
                 store(OUT, i, p, load(OUT, i, p) + 2.0 * pull * load(X, i, p))
+    if prepared.funnel[0] != 0.0:
+        add_funnel_gradient(prepared.funnel[0], X, OUT, B)

@@ -87,7 +87,8 @@ class MixtureTables(NamedTuple):
     ``[lin (d), quad (d), const]``; s_i = grad log sum_k exp l_ik.
 
     base mean(x) = a_n * x + c_n + b_n s_0(x);   w_n(x) = e_n (s_1(x) - s_0(x));
-    G_n = g_n I;   no running cost;   reward r(x) = log sum_k exp l_k(x).
+    G_n = g_n I;   no running cost;   reward r(x) = log sum_k exp l_k(x), minus the
+    same of ``reward_below`` where it has rows: the log-probability of a classifier.
     s_0 = 0 when the base is Gaussian (K0 = 0: the score is inside a_n, c_n).
     ``tilted_derivative[p]`` is the derivative of ``tilted`` with respect to theta_p.
     X_0 ~ sum_k weight_k N(start_mean_k, diag(start_scale_k^2)).
@@ -115,6 +116,7 @@ class MixtureTables(NamedTuple):
     end_cumulative: Array = np.zeros(0)  # (Ke,) like start_cumulative, or empty
     end_mean: Array = np.zeros((0, 0))  # (Ke, d)
     end_scale: Array = np.zeros((0, 0))  # (Ke, d)
+    reward_below: Array = np.zeros((0, 0))  # (Kb, 2d + 1), or empty
 
 
 class SineTables(NamedTuple):
@@ -159,7 +161,7 @@ class SeparableTables(NamedTuple):
     w_ni(x) = sum_j K_nij y_i^j;   G_n = diag(g_n);
     running cost of step n: sum_ij F_nij y_i^j + the wave's;
     reward r(x) = sum_ij q_ij y_i^j + e sum_i log(sum_j p_ij y_i^j)
-                  - c log(1 + s) + a sin(s^b);
+                  - c log(1 + s) + a sin(s^b) - 1/2 f e^{-x_0} (s - x_0^2);
     X_0 = m_0 + L_0 z.
 
     Beyond the reach the force of a polynomial potential is constant: with a cubic
@@ -200,6 +202,7 @@ class SeparableTables(NamedTuple):
     wave: Array = np.zeros((0, 4))  # (N, 4), or (0, 4) for none
     variance: Array = np.zeros((0, 3))  # (d, 3) v; (0, 3) for s = 1
     control_power: Array = np.zeros(1)  # (1,)   k
+    reward_funnel: Array = np.zeros(1)  # (1,)   f
     noisy: Array = np.zeros(0)  # (N,) or empty
     denoiser: Array = np.zeros((0, 5))  # (N, 5) or empty
 

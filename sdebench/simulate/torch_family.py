@@ -174,23 +174,62 @@ class TorchLinear:
 
 
 class _LogQuadratics:
-    """sum_k exp l_k at a batch of states: weights, slopes and their average."""
+    """sum_k exp l_k at a batch of states: weights, their average slope, products.
 
-    def __init__(self, rows: Tensor, x: Tensor) -> None:
+    Sums over k are products with the rows' matrices, as in the numba kernels; a
+    quadratic part that all k ``share`` drops out of the weights.
+    """
+
+    def __init__(self, rows: Tensor, x: Tensor, share: bool = False) -> None:
         dim = x.shape[1]
-        lin, quad = rows[:, :dim], rows[:, dim:-1]
-        self.values = x @ lin.T + (x * x) @ quad.T + rows[:, -1]
-        self.weights = torch.softmax(self.values, dim=1)
-        self.slopes = lin + 2.0 * quad * x[:, None, :]
-        self.score = (self.weights[:, :, None] * self.slopes).sum(1)
-        self._curvature = 2.0 * self.weights @ quad
+        self._x, self._lin, self._share = x, rows[:, :dim], share
+        self._quad = rows[:1, dim:-1] if share else rows[:, dim:-1]
+        self._constant = rows[:, -1]
+        self.exponents = self._along(x, x * x) + self._constant
+        self.weights = torch.softmax(self.exponents, dim=1)
+        self._curvature = 2.0 * self._averaged_quad(self.weights)
+        self.score = self.weights @ self._lin + self._curvature * x
+
+    def _along(self, v: Tensor, square: Tensor) -> Tensor:
+        """Return lin_k . v + quad_k . square (n, K), without what all k share."""
+        found = v @ self._lin.T
+        return found if self._share else found + square @ self._quad.T
+
+    def _averaged_quad(self, weights: Tensor) -> Tensor:
+        return self._quad if self._share else weights @ self._quad
+
+    def log_value(self) -> Tensor:
+        """Return log sum_k exp l_k, (n,)."""
+        found = torch.logsumexp(self.exponents, dim=1)
+        if self._share:
+            found = found + (self._x * self._x) @ self._quad[0]
+        return found
+
+    def projection(self, v: Tensor) -> Tensor:
+        """Return gamma_k (grad l_k . v - score . v), (n, K); its sum over k is 0."""
+        along = self._along(v, 2.0 * self._x * v)
+        mean = (self.weights * along).sum(1, keepdim=True)
+        return self.weights * (along - mean)
 
     def hessian_product(self, v: Tensor) -> Tensor:
         """Return (Hessian of the log) v; the Hessian is symmetric."""
-        along = (self.slopes * v[:, None, :]).sum(2)
-        centred = self.slopes - self.score[:, None, :]
-        spread = ((self.weights * along)[:, :, None] * centred).sum(1)
-        return spread + self._curvature * v
+        spread = self.projection(v)
+        result = spread @ self._lin + self._curvature * v
+        if not self._share:
+            result = result + 2.0 * self._x * (spread @ self._quad)
+        return result
+
+
+def _alike(rows: np.ndarray, first: int, last: int) -> bool:
+    """Tell whether columns of rows (..., K, 2d + 1) are the same for all k.
+
+    Differences of a few rounding errors count as none.
+    """
+    part = rows[..., first:last]
+    if part.size == 0:
+        return True
+    limit = 16.0 * np.finfo(np.float64).eps * np.max(np.abs(part), axis=-2)
+    return bool(np.all(np.abs(part - part[..., :1, :]) <= limit[..., None, :]))
 
 
 class TorchMixture:
@@ -204,6 +243,15 @@ class TorchMixture:
         self.n_params = len(tables.tilted_derivative)
         self._has_base = tables.base.shape[1] > 0
         self._last: tuple[int, Tensor, int, Any, Any] | None = None
+        end = 2 * self.dim
+        self._share = {
+            name: _alike(getattr(tables, name), self.dim, end)
+            for name in ("base", "tilted", "density")
+        }
+        self._varying = [not _alike(rows, 0, end) for rows in tables.tilted_derivative]
+
+    def _mixture(self, name: str, n: int, x: Tensor) -> _LogQuadratics:
+        return _LogQuadratics(getattr(self._t, name)[n], x, self._share[name])
 
     def _at(self, n: int, x: Tensor) -> tuple[Any, Any]:
         """Return base and tilted log-quadratics at x; the last ones are remembered.
@@ -217,8 +265,8 @@ class TorchMixture:
             or last[1] is not x
             or (last[2] != x._version)
         ):
-            base = _LogQuadratics(self._t.base[n], x) if self._has_base else None
-            tilted = _LogQuadratics(self._t.tilted[n], x)
+            base = self._mixture("base", n, x) if self._has_base else None
+            tilted = self._mixture("tilted", n, x)
             last = self._last = (n, x, x._version, base, tilted)
         return last[3], last[4]
 
@@ -267,19 +315,20 @@ class TorchMixture:
     def control_parameter_vjp(self, n: int, x: Tensor, v: Tensor) -> Tensor:
         _, tilted = self._at(n, x)
         rows = self._t.tilted_derivative[:, n]  # (P, K, 2d + 1)
-        lin, quad = rows[..., : self.dim], rows[..., self.dim : -1]
-        values = (
-            torch.einsum("bj,pkj->bpk", x, lin)
-            + torch.einsum("bj,pkj->bpk", x * x, quad)
-            + rows[..., -1]
-        )
-        weights = tilted.weights[:, None, :]
-        centred = values - (weights * values).sum(2, keepdim=True)
-        along = (tilted.slopes * v[:, None, :]).sum(2)[:, None, :]
-        direct = torch.einsum("bj,pkj->bpk", v, lin) + 2.0 * torch.einsum(
-            "bj,pkj->bpk", v * x, quad
-        )
-        return self._t.control_gain[n] * (weights * (centred * along + direct)).sum(2)
+        spread, squared, along = tilted.projection(v), x * x, 2.0 * x * v
+        found = spread @ rows[..., -1].T  # as sum_k a_k = 0, what all k share is left
+        direct = v @ rows[:, 0, : self.dim].T + along @ rows[:, 0, self.dim : -1].T
+        columns = []
+        for p, varying in enumerate(self._varying):
+            value = found[:, p]
+            if varying:
+                lin, quad = rows[p, :, : self.dim], rows[p, :, self.dim : -1]
+                value = value + (spread * (x @ lin.T + squared @ quad.T)).sum(1)
+                moved = tilted.weights * (v @ lin.T + along @ quad.T)
+                columns.append(value + moved.sum(1))
+            else:
+                columns.append(value + direct[:, p])
+        return self._t.control_gain[n] * torch.stack(columns, dim=1)
 
     def running_cost(self, n: int, x: Tensor) -> Tensor:
         return x.new_zeros(len(x))
@@ -288,18 +337,24 @@ class TorchMixture:
         return torch.zeros_like(x)
 
     def reward(self, x: Tensor) -> Tensor:
-        return torch.logsumexp(_LogQuadratics(self._t.reward, x).values, dim=1)
+        value = _LogQuadratics(self._t.reward, x).log_value()
+        if len(self._t.reward_below):
+            value = value - _LogQuadratics(self._t.reward_below, x).log_value()
+        return value
 
     def reward_gradient(self, x: Tensor) -> Tensor:
-        return _LogQuadratics(self._t.reward, x).score
+        slope = _LogQuadratics(self._t.reward, x).score
+        if len(self._t.reward_below):
+            slope = slope - _LogQuadratics(self._t.reward_below, x).score
+        return slope
 
     def base_log_density(self, n: int, x: Tensor) -> Tensor:
         """Return log p(x) of the base process at time n = 0, ..., N, (n,)."""
-        return torch.logsumexp(_LogQuadratics(self._t.density[n], x).values, dim=1)
+        return self._mixture("density", n, x).log_value()
 
     def base_score(self, n: int, x: Tensor) -> Tensor:
         """Return grad log p(x) of the base process at time n = 0, ..., N."""
-        return _LogQuadratics(self._t.density[n], x).score
+        return self._mixture("density", n, x).score
 
 
 class TorchSine:
@@ -501,6 +556,9 @@ class TorchSeparable:
         value = value - t.reward_log[0] * torch.log(1.0 + s)
         if t.reward_wave[0] != 0.0:
             value = value + t.reward_wave[0] * torch.sin((s + TINY) ** self._power)
+        if t.reward_funnel[0] != 0.0:
+            pull = t.reward_funnel[0] * torch.exp(-x[:, 0])
+            value = value - 0.5 * pull * (x[:, 1:] ** 2).sum(1)
         return value
 
     def reward_gradient(self, x: Tensor) -> Tensor:
@@ -515,7 +573,13 @@ class TorchSeparable:
         pull = -t.reward_log[0] / (1.0 + s)
         if t.reward_wave[0] != 0.0:
             pull = pull + t.reward_wave[0] * self._wave(s + TINY)[0]
-        return slope + 2.0 * pull[:, None] * x
+        slope = slope + 2.0 * pull[:, None] * x
+        if t.reward_funnel[0] != 0.0:
+            others = x[:, 1:]
+            pull = t.reward_funnel[0] * torch.exp(-x[:, :1])
+            own = 0.5 * pull * (others**2).sum(1, keepdim=True)
+            slope = slope + torch.cat([own, -pull * others], dim=1)
+        return slope
 
 
 def _horner(coefficients: Tensor, y: Tensor) -> Tensor:

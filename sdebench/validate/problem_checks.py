@@ -164,21 +164,23 @@ def check_hjb(
     Where sigma depends on x, of sigma(x) grad V in its place, sigma held fixed.
     """
     tolerance += AMPLIFICATION * problem.truth.error_bound("value")
-    places = visited(problem)
+    places, share = visited(problem), min(step / 0.01, 1.0)
     spread = np.max([x.std(axis=0).max() for _, x in places])
     step *= min(float(spread), 1.0) or 1.0
     return closest(
         comparison
         for t, x in places
-        for comparison in _hjb_residual(problem, t, x, step, tolerance)
+        for comparison in _hjb_residual(problem, t, x, (step, share), tolerance)
     )
 
 
 def _hjb_residual(
-    problem: Problem, t: float, x: Array, step_x: float, tolerance: float
+    problem: Problem, t: float, x: Array, steps: tuple[float, float], tolerance: float
 ) -> list[Comparison]:
+    """``steps`` : in space, and in time as a share of the usual one."""
     truth, (start, end) = problem.truth, problem.time_span
-    step_t = min(min(t - start, end - t) / 6, 0.003 * (end - start))
+    step_x, share = steps
+    step_t = share * min(min(t - start, end - t) / 6, 0.003 * (end - start))
     b, sigma = problem.drift(x, t), problem.diffusion_at(x, t)
     u = truth.control(x, t)
     in_time = derivative(lambda s: truth.value(x, t + s), step_t)

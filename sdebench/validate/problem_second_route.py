@@ -36,6 +36,7 @@ SOLVER: dict[str, Any] = {"method": "DOP853", "rtol": 1e-12, "atol": 1e-13}
 def grid_dim(problem: Problem) -> int:
     """Return d of a tilting problem that quadrature on a grid can do, else 0."""
     small = isinstance(problem, TiltingProblem) and problem.dim <= 2
+    small = small and problem.has_derivatives  # the law of X_T has a density
     return problem.dim if small else 0
 
 
@@ -55,6 +56,8 @@ class Grid:
         self.weights = np.diff(tables.start_cumulative, prepend=0.0)
         self.means, self.scales = tables.start_mean, tables.start_scale
         self.is_point = not np.any(self.scales)
+        # X_0 given X_T has a density, although X_0 is a point
+        self.has_kernel = bool(self.base.backward(self.start, self.end)[2] > 0.0)
         laws = [lq.gaussian_parameters(self.base.terminal)[1:]]
         laws.append(problem.family.ideal_law(self.theta)[1:])
         laws.append((self.means, self.scales**2))
@@ -111,7 +114,7 @@ class Grid:
 
     def h(self, x: Array, t: float) -> Array:
         """Return h_theta(x, t) (n,) for x (n, d)."""
-        if self.is_point and t == self.start:
+        if self.is_point and t == self.start and not self.has_kernel:
             return self._h_at_point()
         axis, tilted, plain = self._terminal(t)
         kernels = self.kernels(x, t, self.end, axis)
@@ -193,6 +196,8 @@ class Grid:
                 density /= (2.0 * np.pi * variance) ** (dim / 2)
             else:
                 density = np.exp(lq.log_value(self.base.marginal(t), self.points(axis)))
+                if self.has_kernel:
+                    density = density * self._start_ratio(axis, t)
             at_start = (
                 self.h(mean, self.start)
                 if log_h is None
@@ -213,6 +218,16 @@ class Grid:
         inner = cell * self.spread(kernels, ratio)
         outer = np.exp(lq.log_value(self.base.marginal(t), self.points(y_axis)))
         return y_axis, outer * h(y_axis, t) * inner
+
+    def _start_ratio(self, axis: Array, t: float) -> Array:
+        """Return the density of X_0 given X_t, over that of X_0, at the start point."""
+        kernels = self.kernels(self.means, self.start, t, axis)
+        ratio = kernels[0][0]
+        if self.problem.dim == 2:
+            ratio = np.multiply.outer(ratio, kernels[1][0])
+        return np.asarray(
+            ratio / np.exp(lq.log_value(self.base.marginal(self.start), self.means)[0])
+        )
 
     def moments(self, t: float) -> tuple[float, Array, Array]:
         """Return mass, mean (d,) and covariance (d, d) of X_t under the control."""

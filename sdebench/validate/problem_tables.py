@@ -142,7 +142,10 @@ def table_reward(tables: Tables, x: Array) -> Array:
         family, states = _functions(tables, x)
         return np.asarray(family.reward(states))
     if isinstance(tables, MixtureTables):
-        return lq.log_value(tables.reward, x)
+        value = lq.log_value(tables.reward, x)
+        if len(tables.reward_below):
+            value = value - lq.log_value(tables.reward_below, x)
+        return value
     if isinstance(tables, SeparableTables):
         return _separable_reward(tables, x)
     y = x if isinstance(tables, LinearTables) else _extended(tables, x)
@@ -157,6 +160,8 @@ def _separable_reward(tables: SeparableTables, x: Array) -> Array:
     y, s = _clipped(tables, x), np.sum(x**2, axis=1)
     value = tables.reward_wave * np.sin(s**tables.wave_power)
     value = value - tables.reward_log * np.log1p(s)
+    others = np.sum(x[:, 1:] ** 2, axis=1)
+    value = value - 0.5 * tables.reward_funnel * np.exp(-x[:, 0]) * others
     if len(tables.reward):
         value = value + _polynomials(tables.reward, y).sum(axis=1)
     if len(tables.reward_factor):
@@ -184,6 +189,13 @@ def _score(rows: Array, x: Array) -> Array:
     return np.einsum("nk,nki->ni", *_softmax(rows, x))
 
 
+def _score_size(tables: Tables, n: int, x: Array) -> float:
+    """Return the largest score of a mixture, in noise units; 0 of other tables."""
+    if not isinstance(tables, MixtureTables):
+        return 0.0
+    return float(np.max(np.abs(tables.control_gain[n] * _score(tables.tilted[n], x))))
+
+
 def check_tables(
     problem: Problem, theta: Theta, n_steps: int = 12, tolerance: float = 1e-12
 ) -> Comparison:
@@ -203,7 +215,8 @@ def check_tables(
             ("sqrt(h) sigma", noise, np.sqrt(h) * problem.diffusion_at(x, t)),
             ("sqrt(h) u_theta(x, t)", w, np.sqrt(h) * u),
         ):
-            scale = 1e-3 + np.max(np.abs(wanted))
+            # w is a difference of scores, which rounding errors are relative to
+            scale = 1e-3 + np.max(np.abs(wanted)) + 1e-2 * _score_size(tables, n, x)
             what = f"tables at step {n} against {name}"
             found.append(require(np.abs(got - wanted) / scale, tolerance, what))
         cost = table_running_cost(tables, n, x)
