@@ -37,6 +37,7 @@ def table(frame):
         ((0.5, math.nan, math.nan), "0.500 % (no interval)"),
         ((2.0, 1.3, math.inf), "> 1.3 %"),
         ((2.0, 0.0, math.inf), "not resolved"),
+        ((3.6e7, 7.0e6, 2.2e304), "> 7.0 × 10⁶ %"),
     ],
 )
 def test_digits_follow_the_interval(numbers, text):
