@@ -57,6 +57,16 @@ RESAMPLING = ("systematic", "stratified")
 WEIGHTS = ("riemann", "kernel_ratio")
 
 
+def check_resampling(resampling: str, threshold: float) -> None:
+    """Raise for an unknown scheme or a share that is none."""
+    if resampling not in RESAMPLING:
+        raise unknown("resampling", resampling, RESAMPLING)
+    if not 0.0 < threshold <= 1.0:
+        raise ParameterError(
+            f"threshold {threshold} must be a share of the particles in (0, 1]"
+        )
+
+
 @glue
 def weigh(LOGS, row, shares, count):  # type: ignore[no-untyped-def]
     """Set ``shares`` to the weights over their largest; return the log of that."""
@@ -114,6 +124,7 @@ def block_kernel(
     N = W.shape[0]
     A, NEXT, R, ROWS = work.adjoint, work.adjoint_next, work.direction, work.start
     shares, log_z = work.uniform, 0.0
+    known = False  # whether R is grad r at A
     combine(1.0, X[0], 0.0, X[0], A, B)
     clear(OUT, B)
     clear(ROWS, B)
@@ -122,7 +133,8 @@ def block_kernel(
         add_row(-1.0, ROWS, 0, OUT, B)
     for n in range(N):
         g, ours = step_noise(prepared, n), level(n, N, power)
-        primitives.reward_gradient(prepared, work, A, R, B)
+        if not known:
+            primitives.reward_gradient(prepared, work, A, R, B)
         primitives.base_mean(prepared, work, n, A, NEXT, B)
         if not exact:
             primitives.reward(prepared, work, A, ROWS, 2, B)
@@ -135,6 +147,7 @@ def block_kernel(
             a, b = step_shrink(prepared, n, N), step_back(prepared, n, N, True)
             add_kernel_ratio(g, a, b, ours, A, NEXT, R, Z[n], OUT, B)
             log_density(prepared, work, n + 1, ours, NEXT, ROWS, B)
+            known = True
         A, NEXT = NEXT, A
         combine(1.0, OUT, 0.0, OUT, ROWS[3:4], B)
         add_row(1.0, ROWS, 0, ROWS[3:4], B)
@@ -151,6 +164,7 @@ def block_kernel(
             clear(OUT, B)
             add_row(-1.0, ROWS, 1, OUT, B)
             A, NEXT = NEXT, A
+            known = False
     for p in range(B):
         OUT[0, p] = ROWS[3, p] + log_z
 
@@ -196,12 +210,7 @@ class FeynmanKacCorrector(WorkEstimator):
         super().__post_init__()
         if self.weights not in WEIGHTS:
             raise unknown("weights", self.weights, WEIGHTS)
-        if self.resampling not in RESAMPLING:
-            raise unknown("resampling", self.resampling, RESAMPLING)
-        if not 0.0 < self.threshold <= 1.0:
-            raise ParameterError(
-                f"threshold {self.threshold} must be a share of the particles in (0, 1]"
-            )
+        check_resampling(self.resampling, self.threshold)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

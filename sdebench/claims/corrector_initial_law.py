@@ -1,15 +1,9 @@
 r"""A Feynman-Kac corrector from the wrong initial law, and what its weights say.
 
-Annealing to q^gamma on the VP process dX = (kappa x + sigma^2 s) dt + sigma dB, with
-sigma^2 = 2 kappa = rate and alpha_0 = e^(-rate / 2), runs with the score gamma s of
-q_t^gamma.  Backwards in time its paths are the plain noising of q_1^gamma, whatever
-gamma: with
-
-    F_n(x, x') = N(x'; x + h (kappa x + rate gamma s), rate h),
-    B_n(x', x) = N(x; a_n x', 1 - a_n^2),    a_n = alpha_n / alpha_{n+1},
-
-the weight W = q_1(X_K)^gamma prod B_n / [N(X_0; 0, 1/gamma) prod F_n] of paths from
-X_0 ~ mu has, at any number of steps,
+Annealing to q^gamma on the VP process, as in `sdebench.closed_form.density_powers`: the
+paths run with the score gamma s of q_t^gamma, and backwards in time they are the plain
+noising of q_1^gamma, whatever gamma.  The kernel-ratio weight W of paths from X_0 ~ mu,
+which takes mu for N(0, 1/gamma), has at any number of steps
 
     E[W phi(X_K)] = int q_1(x)^gamma phi(x) E[ rho(X_0) | X_1 = x ] dx,
     rho = mu / N(0, 1/gamma),    X_0 = alpha_0 x + (1 - alpha_0^2)^(1/2) z.
@@ -22,7 +16,7 @@ right where the process forgets its start, and log Z is off by
 the weights shows it: for gamma < 1 they are more even than from the right law.
 
 Sources: the correctors of Skreta et al. 2025, arXiv:2503.02819; the size of the bias is
-our closed form, its value at finite alpha_0 a quadrature.
+our closed form.
 """
 
 from __future__ import annotations
@@ -32,11 +26,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 
 from sdebench.claims._claim import JOINTLY, Check, Claim
+from sdebench.closed_form.density_powers import DensityPath, log_start_ratio
+from sdebench.closed_form.gaussian_mixture import GaussianMixture
 from sdebench.experiments.experiment import (
     LEVEL,
     Progress,
@@ -45,6 +39,7 @@ from sdebench.experiments.experiment import (
     records,
     signed,
 )
+from sdebench.experiments.particles import Corrector
 from sdebench.measure.intervals import Interval, t_quantile
 from sdebench.report.format import plain
 from sdebench.simulate.noise import normals
@@ -60,7 +55,8 @@ VARIANCES = np.array([0.2, 0.4])
 POWERS = (0.4, 0.6, 0.8)
 STEPS = {2.0: 32, 8.0: 64}
 """Number of steps for each rate of the noising."""
-STARTS = ("right", "wrong")
+LAWS = {"right": "matched", "wrong": "standard"}
+STARTS = tuple(LAWS)
 QUANTITIES = ("mean weight", "mean", "effective share")
 N_PATHS, BLOCK = 1 << 19, 1 << 15
 MARGIN = 2.0
@@ -72,19 +68,10 @@ OFF = 10.0
 N_INTERVALS = len(POWERS) * len(STEPS) * len(STARTS) * len(QUANTITIES)
 
 
-def start_variance(start: str, power: float) -> float:
-    """Return the variance of X_0: 1 / gamma is right."""
-    return 1.0 / power if start == "right" else 1.0
-
-
-def marginal(x: Array, alpha: float) -> tuple[Array, Array]:
-    """Return log q_t and its score at x, t given by alpha."""
-    variances = 1.0 + alpha**2 * (VARIANCES - 1.0)
-    gap = x[..., None] - alpha * MEANS
-    logs = np.log(WEIGHTS / np.sqrt(2.0 * np.pi * variances)) - 0.5 * gap**2 / variances
-    value: Array = logsumexp(logs, axis=-1)
-    mass = np.exp(logs - value[..., None])
-    return value, -np.sum(mass * gap / variances, axis=-1)
+def path_of(power: float, rate: float) -> DensityPath:
+    """Return the path q_t^gamma."""
+    q = GaussianMixture.isotropic(MEANS[:, None], VARIANCES, WEIGHTS)
+    return DensityPath([q], [power], rate=rate)
 
 
 class Exact(NamedTuple):
@@ -99,13 +86,11 @@ class Exact(NamedTuple):
 def exact_answers(power: float, rate: float, start: str) -> Exact:
     """Return the integrals of the module docstring."""
     x = np.linspace(-9.0, 9.0, 2401)
-    z, mass = hermegauss(64)
-    alpha = np.exp(-0.5 * rate)
-    before = alpha * x[:, None] + np.sqrt(1.0 - alpha**2) * z
-    variance = start_variance(start, power)
-    ratio = np.exp(-0.5 * before**2 * (1.0 / variance - power))
-    factor = ratio @ (mass / mass.sum()) / np.sqrt(variance * power)
-    density = np.exp(power * marginal(x, 1.0)[0])
+    path = path_of(power, rate)
+    factor = np.ones_like(x)
+    if start == "wrong":
+        factor = np.exp(log_start_ratio(path, x[:, None]))
+    density = np.exp(path.at(x[:, None], 1.0).log_density)
     total = float(np.sum(density) * (x[1] - x[0]))
     weighted = density * factor
     return Exact(
@@ -121,36 +106,17 @@ def memoryless_ratio(power: float) -> float:
     return float((power * (2.0 - power)) ** -0.5)
 
 
-def weighted_paths(
-    power: float, rate: float, x: Array, noises: Array
-) -> tuple[Array, Array]:
-    """Return log W and X_K of paths from x (n,) with noises (K, n)."""
-    n_steps = len(noises)
-    alpha = np.exp(-0.5 * rate * (1.0 - np.arange(n_steps + 1) / n_steps))
-    h, g = 1.0 / n_steps, np.sqrt(rate / n_steps)
-    log_weight = 0.5 * power * x**2 - 0.5 * np.log(power / (2.0 * np.pi))
-    for k, z in enumerate(noises):
-        score = power * marginal(x, alpha[k])[1]
-        after = x + h * rate * (0.5 * x + score) + g * z
-        shrink = alpha[k] / alpha[k + 1]
-        variance = 1.0 - shrink**2
-        back = (x - shrink * after) ** 2 / variance
-        log_weight += 0.5 * (z**2 - back + np.log(g**2 / variance))
-        x = after
-    return log_weight + power * marginal(x, 1.0)[0], x
-
-
 def simulate(power: float, rate: float, start: str, seed: int) -> tuple[Array, Array]:
     """Return W and X_K of `N_PATHS` paths; every cell has noise of its own."""
-    n_steps = STEPS[rate]
+    n_steps, path = STEPS[rate], path_of(power, rate)
+    corrector, scale = Corrector(path, threshold=None), path.start_scale(LAWS[start])
     cell = POWERS.index(power) * 4 + 2 * (rate == 8.0) + STARTS.index(start)
     found = []
     for first in range(0, N_PATHS, BLOCK):
-        z = normals(seed, cell, first, BLOCK, 0, n_steps + 1, 1)[..., 0]
-        x = np.sqrt(start_variance(start, power)) * z[0]
-        found.append(weighted_paths(power, rate, x, z[1:]))
-    logs, ends = (np.concatenate(part) for part in zip(*found, strict=True))
-    return np.exp(logs), ends
+        z = normals(seed, cell, first, BLOCK, 0, n_steps + 1, 1)
+        found.append(corrector.run(scale * z[0], z[1:]))
+    logs = np.concatenate([part.log_weights for part in found])
+    return np.exp(logs), np.concatenate([part.states[:, 0] for part in found])
 
 
 def _interval(value: float, influence: Array) -> Interval:

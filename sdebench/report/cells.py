@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sdebench.errors import ResultsError, unknown
+from sdebench.problem import ESTIMANDS
 from sdebench.report.format import fold, short_labels
 from sdebench.report.summarize import summary
 
@@ -16,12 +17,6 @@ if TYPE_CHECKING:
     from sdebench.measure.order import OrderFit
 
 Cell = dict[str, Any]
-_ESTIMANDS = (
-    "gradient",
-    "matching_gradient",
-    "cross_entropy_gradient",
-    "log_normalizer",
-)
 _FURTHEST = 1e4
 
 
@@ -135,7 +130,7 @@ def series(cells: list[Cell], names: Iterable[str]) -> list[tuple[str, list[Cell
 def estimands(cells: Iterable[Cell]) -> list[str]:
     """Return what is estimated, the gradient first."""
     found = list(dict.fromkeys(c["estimand"] for c in cells if c["estimand"]))
-    order = [e for e in _ESTIMANDS if e in found]
+    order = [e for e in ESTIMANDS if e in found]
     return order + [e for e in found if e not in order]
 
 

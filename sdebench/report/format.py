@@ -18,6 +18,8 @@ from typing import Any
 MISSING = "–"
 _MOST_DIGITS = 4
 """Powers of ten between a number and the ends of its interval that share one power."""
+_NO_BOUND = 1e12
+"""An interval's end that is so many times the estimate says nothing."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _NORMAL = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _LATEX = {
@@ -125,7 +127,7 @@ def interval(value: float, low: float, high: float, unit: str = "") -> str:
         return f"{plain(value)}{unit}"
     if low <= 0.0 and math.isfinite(high):
         return f"< {_two_digits(high, ROUND_CEILING)}{unit}"
-    if math.isinf(high):
+    if math.isinf(high) or high > _NO_BOUND * abs(value):
         return f"> {plain(low, 2)}{unit}" if low > 0.0 else "not resolved"
     if math.isnan(value):
         value = 0.5 * (low + high)

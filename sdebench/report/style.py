@@ -2,8 +2,9 @@
 
 Colors are seaborn's color-blind-safe palette.  Variants of one estimator are shades of
 its color and differ in line style, so that a figure printed in gray can still be read.
-The mapping depends on names only, never on what else is in the frame, for all
-estimators listed here; others take the colors that are left, in alphabetical order.
+An estimator's color is the hash of its name, or the next one that none before it in
+the alphabet has: it depends on the catalogue, never on what else is in the frame, and
+a new estimator leaves nearly all others as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from sdebench.report.cells import Cell, estimands
 from sdebench.report.format import short_labels
@@ -23,40 +25,11 @@ if TYPE_CHECKING:
 COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and a full page
 _SMALL = 7.0  # points; the smallest text of a figure
 
-# Positions in the palette: blue, orange, green, vermilion, purple, brown, pink, gray,
-# yellow, sky; from 10 on the same colors, darker, and from 20 on lighter.
-_ORDER = {
-    "pathwise": 0,
-    "continuous_adjoint": 9,
-    "truncated": 5,
-    "adjoint_dpm": 10,
-    "reinforce": 1,
-    "grpo": 3,
-    "ppo_clip": 13,
-    "rlr": 8,
-    "log_variance": 11,
-    "opd": 6,
-    "zeroth_order": 17,
-    "subspace_gradient": 9,
-    "antithetic": 19,
-    "quasi_random": 15,
-    "control_variate": 18,
-    "multilevel": 16,
-    "adjoint_matching": 2,
-    "time_reversed_bsde": 12,
-    "non_adapted_adjoint": 14,
-    "cross_entropy": 29,
-    "soc_matching": 23,
-    "score_matching": 22,
-    "reinforce_adjoint_matching": 21,
-    "path_importance_sampling": 4,
-    "crooks": 20,
-    "jarzynski": 25,
-    "bennett": 24,
-    "feynman_kac_corrector": 28,
-}
-_TONES = (0.0, -0.45, 0.45)  # of the palette's three rounds, as _SHADES
-_SPARE = (3, 9, 5, 7, 6, 8)
+_GRAY = 7  # of the palette, left to lines that are no estimator's
+_TONES = (0.0, -0.45, 0.45, -0.25, 0.25)
+"""Of the palette's colors, for the estimators, as `_SHADES` for their variants."""
+_SALT = 8034
+"""Of the names' hash: with it the estimators of one estimand are easy to tell apart."""
 _STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _SHADES = (0.0, -0.5, 0.45, -0.25, 0.25)  # towards black and towards white
 _MARKERS = {
@@ -107,11 +80,10 @@ def looks(estimators: Iterable[str]) -> dict[str, Look]:
     import seaborn as sns
 
     palette = sns.color_palette("colorblind")
+    del palette[_GRAY]
     names = list(dict.fromkeys(estimators))
-    bases = sorted({n.partition(":")[0] for n in names} - set(_ORDER))
-    slots = _ORDER | {b: _SPARE[i % len(_SPARE)] for i, b in enumerate(bases)}
-    short = short_labels(names)
-    order = list(slots)
+    slots = _slots({n.partition(":")[0] for n in names}, len(_TONES) * len(palette))
+    short, order = short_labels(names), list(slots)
     # The plain name comes first; the sort is stable and keeps the other variants.
     names.sort(key=lambda n: (order.index(n.partition(":")[0]), ":" in n))
     out = {}
@@ -125,6 +97,20 @@ def looks(estimators: Iterable[str]) -> dict[str, Look]:
         )
         out[name] = Look(short[name], color, _STYLES[i % len(_STYLES)])
     return out
+
+
+def _slots(bases: set[str], count: int) -> dict[str, int]:
+    """Return a position in the palette for every estimator, the catalogue's first."""
+    from sdebench.registry import estimator_names
+
+    catalogue = estimator_names()
+    slots: dict[str, int] = {}
+    for name in (*catalogue, *sorted(bases - set(catalogue))):
+        slot = crc32(f"{_SALT}{name}".encode()) % count
+        while slot in slots.values() and len(slots) < count:
+            slot = (slot + 1) % count
+        slots[name] = slot
+    return slots
 
 
 def _shaded(

@@ -20,10 +20,12 @@ def test_one_step_by_quadrature_over_start_and_noise(power, start):
     rate = 0.8
     points, mass = np.polynomial.hermite_e.hermegauss(150)
     mass = mass / mass.sum()
-    x = np.sqrt(module.start_variance(start, power)) * points
-    x, z = (part.ravel() for part in np.meshgrid(x, points, indexing="ij"))
-    logs, ends = module.weighted_paths(power, rate, x, z[None])
-    weights = np.outer(mass, mass).ravel() * np.exp(logs)
+    path = module.path_of(power, rate)
+    x = path.start_scale(module.LAWS[start]) * points
+    x, z = (part.reshape(-1, 1) for part in np.meshgrid(x, points, indexing="ij"))
+    found = module.Corrector(path, threshold=None).run(x, z[None])
+    weights, ends = np.exp(found.log_weights), found.states[:, 0]
+    weights = np.outer(mass, mass).ravel() * weights
     answers = module.exact_answers(power, rate, start)
     assert weights.sum() / answers.normalizer == pytest.approx(answers.ratio, rel=1e-6)
     assert weights @ ends / weights.sum() == pytest.approx(answers.mean, abs=1e-6)
@@ -46,8 +48,9 @@ def test_weights_of_gaussian_data_without_annealing(monkeypatch):
     monkeypatch.setattr(module, "MEANS", np.zeros(2))
     monkeypatch.setattr(module, "VARIANCES", np.ones(2))
     rng = np.random.default_rng(1)
-    x, z = rng.standard_normal(500), rng.standard_normal((400, 500))
-    logs, _ = module.weighted_paths(1.0, 2.0, x, z)
+    x, z = rng.standard_normal((500, 1)), rng.standard_normal((400, 500, 1))
+    path = module.path_of(1.0, 2.0)
+    logs = module.Corrector(path, threshold=None).run(x, z).log_weights
     assert logs.std() < 0.15
     assert abs(np.exp(logs).mean() - 1.0) < 5.0 * logs.std() / np.sqrt(500)
 

@@ -4,6 +4,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from sdebench import registry
 from sdebench.errors import ResultsError, UnknownNameError
 from sdebench.report import (
     bias_figure,
@@ -164,6 +165,24 @@ def test_color_is_the_estimator_and_does_not_depend_on_the_rest():
             c / 12.92 if c <= 0.04 else ((c + 0.055) / 1.055) ** 2.4 for c in look.ink
         ]
         assert 1.05 / (np.dot([0.2126, 0.7152, 0.0722], light) + 0.05) > 3.0
+
+
+def test_every_estimator_has_a_color_of_its_own():
+    names = registry.estimator_names()
+    drawn = looks(names)
+    assert list(drawn) == names
+    assert len({look.color for look in drawn.values()}) == len(names)
+    for name in names:
+        assert looks([name, "another"])[name] == drawn[name]
+
+
+def test_a_new_estimator_leaves_nearly_all_colors(monkeypatch):
+    names = registry.estimator_names()
+    before = looks(names)
+    monkeypatch.setattr(registry, "estimator_names", lambda: sorted([*names, "nova"]))
+    after = looks([*names, "nova"])
+    assert len({look.color for look in after.values()}) == len(names) + 1
+    assert sum(after[name] != before[name] for name in names) <= 3
 
 
 def test_marker_is_the_family():
