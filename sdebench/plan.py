@@ -131,11 +131,12 @@ def _entries(kind: str) -> Iterator[tuple[str, Any]]:
             yield spec, build(spec) if values else default
 
 
-def _family(problem: Problem) -> str:
-    """Return the base that the problem's simulation is an instance of."""
-    bases = type(problem).__mro__
-    outside = (c for c in bases if not c.__module__.startswith("sdebench.problems."))
-    return next(outside).__qualname__
+def _family(problem: Problem) -> tuple[str, bool]:
+    """Return what the simulation knows of the problem: its kind of tables and noise."""
+    from sdebench.simulate.tables import noise_depends_on_state
+
+    tables = problem.tables(None, problem.time_grid(1))
+    return type(tables).__name__, noise_depends_on_state(tables)
 
 
 def _ladder(n_steps: int, factors: Sequence[float]) -> list[int]:
@@ -158,7 +159,7 @@ def _quick(seed: int) -> Iterator[Cell]:
     entries = list(_entries("estimator"))
     every = [spec for spec, _ in entries]
     defaults = [spec for spec, thing in entries if _is_default(spec, thing)]
-    families: set[str] = set()
+    families: set[tuple[str, bool]] = set()
     names: set[str] = set()
     for spec, problem in _entries("problem"):
         n_steps = problem.default_steps
