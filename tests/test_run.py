@@ -95,7 +95,9 @@ def catalogue(monkeypatch):
     """Two families of problems and two estimators, with variants."""
     from sdebench import registry
 
-    linear, mixture = type("Linear", (), {}), type("Mixture", (), {})
+    both = {"backends": ("numba", "torch")}
+    linear, mixture = type("Linear", (), both), type("Mixture", (), both)
+    monkeypatch.setattr(plan, "_family", lambda p: type(p).__mro__[1].__name__)
 
     def build(base, name, **attributes):
         attributes["__module__"] = f"sdebench.problems.{name}"
