@@ -11,8 +11,8 @@ The defaults keep the process away from 0, where the derivative of the noise is
 singular; the Euler-Maruyama chain has exact answers as long as it does not get there
 (with the defaults from 3 steps on).
 
-Source: Cox, Ingersoll and Ross 1985, 10.2307/1911242, bond price; full truncation Euler
-of Lord, Koekkoek and van Dijk 2010, 10.1080/14697680802392496, in the noise.  The
+Source: Cox, Ingersoll and Ross 1985, 10.2307/1911242, bond price; Euler steps with
+the noise truncated, Lord, Koekkoek and van Dijk 2010, 10.1080/14697680802392496.  The
 control family is ours.
 """
 

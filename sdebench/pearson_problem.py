@@ -3,7 +3,7 @@
     dX_i = b(X_i) dt + sigma s(X_i) (u_i dt + dW_i),   X_0 = x_0,
 
 with an affine b and a quadratic polynomial s^2, in every coordinate; one control for
-all.  The simulation is Euler-Maruyama with full truncation, see
+all.  The simulation is Euler-Maruyama with the noise truncated, see
 `sdebench.simulate.tables.SeparableTables`.  Answers are those of one coordinate times
 their number; a closed form of the line (`sdebench.closed_form.square_root` and others)
 gives them.

@@ -180,8 +180,8 @@ class SeparableTables(NamedTuple):
     G_n(x) = diag(g_ni s_i(x)),   w_ni(x) = s_i(x)^k sum_j K_nij y_i^j
 
     with k = ``control_power``, 0 or 1, and the same factor in dw/dtheta.  Where the
-    variance would be negative a step has no noise (full truncation); s_i has the
-    derivative 0 there.
+    variance would be negative a step has no noise, and s_i the derivative 0; the drift
+    stays as it is (partial truncation: Lord, Koekkoek and van Dijk 2010).
     """
 
     reach: Array  # (1,)

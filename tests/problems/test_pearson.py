@@ -67,6 +67,12 @@ def test_a_chain_that_changes_its_sign():
         for h, u, v in zip(np.diff(times), own, best, strict=True)
     )
     truth = problem.truth
+    for e, slope in zip(0.01 * np.eye(2), truth.gradient(theta, 3), strict=True):
+        near, far = (
+            truth.objective(theta + k * e, 3) - truth.objective(theta - k * e, 3)
+            for k in (1, 2)
+        )
+        assert slope == pytest.approx((8.0 * near - far) / 0.12, abs=1e-7)
     checks = [
         (run.cost, truth.objective(theta, 3)),
         (-run.reward, truth.reward_only_objective(theta, 3)),
