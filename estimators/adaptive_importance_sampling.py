@@ -101,6 +101,10 @@ g_j &= \hat I_j / \hat I_0
     def declared_bias(self) -> str:
         return "1/n_paths"
 
+    @property
+    def handles_state_dependent_noise(self) -> bool:
+        return True
+
     def n_statistics(self, n_params: int) -> int:
         return n_params + 1
 

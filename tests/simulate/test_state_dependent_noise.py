@@ -176,9 +176,10 @@ def test_an_estimator_that_does_not_say_so_is_refused_in_one_line():
 
 HANDLED = {
     *("adjoint_matching", "antithetic", "control_variate", "cross_entropy", "grpo"),
-    *("log_variance", "multilevel", "non_adapted_adjoint", "opd", "ppo_clip"),
-    *("path_importance_sampling", "pathwise", "quasi_random", "reinforce"),
-    *("subspace_gradient", "truncated", "zeroth_order"),
+    *("log_variance", "moment", "multilevel", "non_adapted_adjoint", "opd"),
+    *("path_importance_sampling", "pathwise", "ppo_clip", "quasi_random", "reinforce"),
+    *("subspace_gradient", "truncated", "variance", "zeroth_order"),
+    "adaptive_importance_sampling",
 }
 """Where the derivation was done: a new estimator is not among them by accident."""
 
