@@ -113,8 +113,8 @@ def accept(langevin, s, X, Y, G, Z, U, ROWS, B):  # type: ignore[no-untyped-def]
 def anneal(prepared, work, n, N, path, langevin, moves, step, Z, OWN, B):  # type: ignore[no-untyped-def]
     """Move the states work.adjoint at level n; ROWS[0] = log rho_n of them.
 
-    path : (power, KNOTS, geometric); Z : the first proposal's normals; OWN : those of all other moves, see
-    `AnnealingEstimator`, then two scratch vectors.
+    path : (power, KNOTS, geometric); Z : the first proposal's normals; OWN : those of
+    all other moves, see `AnnealingEstimator`, then two scratch vectors.
     """
     A, Y, R, ROWS = work.adjoint, work.adjoint_next, work.direction, work.start
     last = OWN.shape[0]

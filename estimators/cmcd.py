@@ -9,9 +9,10 @@ gradients of the two losses in the coefficients are
     log_variance   1/2 Var l, states detached:  Cov(l, S_F - S_B),
 
 neither of which differentiates through the states (E S_F = 0 takes noise away from the
-first).  Both step by the inverse of Cov(S_F - S_B), the curvature of both losses where l
-is constant, and by no more than moves l by one standard deviation: a fixed point is a
-zero of the loss' gradient, whatever the curvature.  At the optimum log_variance has no noise left, as l is constant; kl keeps that of S_F - S_B.
+first).  Both step by the inverse of Cov(S_F - S_B), the curvature of both losses where
+l is constant, and by no more than moves l by one standard deviation: a fixed point is
+a zero of the loss' gradient, whatever the curvature.  At the optimum log_variance has
+no noise left, as l is constant; kl keeps that of S_F - S_B.
 
 The field is fitted on one half of the paths and used on the other, both ways, so that
 the weights are unbiased for Z whatever the fit.

@@ -45,15 +45,16 @@ ANYWHERE = (
     "pathwise",
     "reinforce",
 )
-"""Estimators that no problem and no number of paths here refuses."""
+"""Estimators that no problem and no number of paths here refuses, in most variants."""
 
 
 def every_estimator():
-    return [
+    found = [
         registry.estimator(name, **variant)
         for name in ANYWHERE
         for variant in type(registry.estimator(name)).variants
     ]
+    return [estimator for estimator in found if not estimator.needs_denoiser]
 
 
 def numbers(row):
