@@ -83,7 +83,7 @@ def slopes(features, labels, weights):  # type: ignore[no-untyped-def]
         features[:, f] /= scale[f]
     for i in range(labels.shape[1]):
         labels[:, i] -= np.sum(weights * labels[:, i]) / n
-    weighted = np.ascontiguousarray((features.T * weights))
+    weighted = np.ascontiguousarray(features.T * weights)
     gram = weighted @ features / n
     for f in range(F):
         gram[f, f] += RIDGE

@@ -9,8 +9,8 @@ density ratio f/g has the known mean one:
 
     I_j_hat = mean[(phi_j(X) - beta_j) f(X)/g(X)] + beta_j,   phi = (alpha, alpha s).
 
-1.  A first sample from f.  The best proposal g ~ f sqrt(sum_j (phi_j - beta_j)^2 / v_j),
-    v_j the variance of phi_j, and the best beta for it are found in turns
+1.  A first sample from f.  The best proposal g ~ f q, q^2 = sum_j (phi_j - beta_j)^2
+    over Var phi_j, and the best beta for it are found in turns
     (`sdebench.closed_form.control_variate_sampling`), and this law on the sample is
     projected on the problem's own controls: one Newton step of its cross-entropy,
     theta' = theta + F^{-1} E_g[S] with F = E_f[S S^T], no longer than a given relative
@@ -35,10 +35,10 @@ from sdebench.closed_form.control_variate_sampling import best_beta, best_ratio
 from sdebench.composite import CompositeEstimator, Runner, some_paths
 from sdebench.errors import ParameterError
 from sdebench.estimator import Array, Sizes
+from sdebench.estimators._cross_fitting import cross_fitted
 from sdebench.estimators._off_policy import OffPolicyScores
 from sdebench.estimators._scores import Scores
 from sdebench.estimators._tilted_weights import log_weight, normalized
-from sdebench.estimators.control_variate import cross_fitted
 
 TURNS = 20
 """Of proposal and coefficients; what is left of S after them is far below 1 %."""

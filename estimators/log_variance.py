@@ -24,20 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-
-from sdebench.composite import Runner
-from sdebench.estimator import Array
-from sdebench.estimators._log_ratio import LogRatioEstimator
-
-if TYPE_CHECKING:
-    from sdebench.closed_form.affine_chain import PolicyChain
+from sdebench.estimators._log_ratio import CentredLogRatio
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogVariance(LogRatioEstimator):
+class LogVariance(CentredLogRatio):
     """Gradient of half the variance of the log-ratio of path laws (VarGrad).
 
     Parameters
@@ -65,28 +58,3 @@ g &= \frac{1}{M - 1} \sum_{m=1}^{M} \left( \ell^{(m)} - \bar\ell \right)
         {},
         {"sampling": "base"},
     )
-
-    def n_statistics(self, n_params: int) -> int:
-        return 2 * n_params + 1
-
-    def not_applicable(self, n_paths: int) -> str | None:
-        if n_paths < 2:
-            return "a variance needs at least 2 paths per replicate"
-        return None
-
-    def target(self, policy: PolicyChain) -> Array:
-        if self.sampling == "current":
-            return policy.gradient()
-        return policy.log_variance_gradient(self.sampling)
-
-    @property
-    def handles_state_dependent_noise(self) -> bool:
-        return True
-
-    def run(self, runner: Runner) -> Array:
-        log_ratio, score = self.log_ratio(runner)
-        return np.vstack([log_ratio * score, score, log_ratio])
-
-    def combine(self, mean: Array, n_paths: int) -> Array:
-        product, score = np.split(mean[:-1], 2)
-        return (product - mean[-1] * score) * (n_paths / (n_paths - 1))

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sdebench.composite import Runner
 from sdebench.errors import ParameterError, unknown
 from sdebench.estimator import Array
-from sdebench.estimators.log_variance import LogVariance
+from sdebench.estimators._log_ratio import CentredLogRatio
 
 if TYPE_CHECKING:
     from sdebench.closed_form.affine_chain import PolicyChain
@@ -36,7 +36,7 @@ INITIAL_VALUES = ("learned", "given")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment(LogVariance):
+class Moment(CentredLogRatio):
     """Gradient of half the second moment of the log-ratio about an initial value.
 
     Parameters
@@ -46,6 +46,7 @@ class Moment(LogVariance):
     sampling : control of the paths: "current" (the policy's), "base" or "optimal".
     """
 
+    estimand: ClassVar[str] = "gradient"
     source: ClassVar[str] = (
         "Nüsken and Richter 2021, arXiv:2005.05409; backward equations: E, Han and "
         "Jentzen 2017, arXiv:1706.04702"

@@ -66,10 +66,6 @@ g &= -\frac{1}{(M - 1) \, \bar a^2} \sum_{m=1}^{M} \left( a^{(m)} - \bar a \righ
     def declared_bias(self) -> str:
         return "1/n_paths"
 
-    @property
-    def handles_state_dependent_noise(self) -> bool:
-        return True
-
     def n_statistics(self, n_params: int) -> int:
         return 2 * n_params + 1
 

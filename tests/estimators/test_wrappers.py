@@ -20,8 +20,8 @@ from sdebench import registry
 from sdebench.composite import CompositeEstimator
 from sdebench.errors import ParameterError
 from sdebench.estimator import Sizes
+from sdebench.estimators._cross_fitting import cross_fitted
 from sdebench.estimators.antithetic import reflected
-from sdebench.estimators.control_variate import cross_fitted
 from sdebench.estimators.multilevel import allocation, coarser, coarser_noise
 from sdebench.estimators.quasi_random import bridge_matrix, sobol_points
 from sdebench.measure import measure, measure_group
