@@ -46,7 +46,12 @@ from sdebench.errors import ParameterError
 from sdebench.problem import EULER, Array, Steps, check_scheme
 from sdebench.product_problem import Kind, ProductProblem, ProductTruth
 
-OPTIMUM = (0.3696078824988483, 5.002907722002376, 4.495899813390689, 0.03994295125848381)
+OPTIMUM = (
+    0.3696078824988483,
+    5.002907722002376,
+    4.495899813390689,
+    0.03994295125848381,
+)
 """theta* of the default parameters, of any dim."""
 GUESS = (0.3, 4.0, 3.5, 0.2)
 """Where the search for theta* starts: near the Langevin drift of the target."""
@@ -180,9 +185,7 @@ class ManyWellTruth(ProductTruth):
     def _integrals(self) -> list[PolynomialExpectation]:
         return [PolynomialExpectation(tuple(row)) for row in self._problem.exponents]
 
-    def _sides(
-        self, x: Array, t: float, spacing: float = FINE
-    ) -> tuple[Array, Array]:
+    def _sides(self, x: Array, t: float, spacing: float = FINE) -> tuple[Array, Array]:
         """Return log h and u* coordinate by coordinate, shape of x."""
         problem = self._problem
         growth = math.exp(-problem.rate * (problem.horizon - t))

@@ -120,9 +120,7 @@ class EmpiricalTilting(TiltingFamily):
 
     def end_law(self, theta: Array | None) -> PointMasses:
         """Return the law of X_T under u_theta (None: the base) from a point."""
-        gamma, means, _, _ = self.transition(
-            self.start.means, self.base.horizon, theta
-        )
+        gamma, means, _, _ = self.transition(self.start.means, self.base.horizon, theta)
         kept = gamma[0] > 0.0
         count = int(kept.sum())
         return PointMasses(np.log(gamma[0, kept]), means[0, kept], np.zeros(count))

@@ -99,7 +99,9 @@ class PolynomialExpectation:
                 break
             width = np.where(short, 1.25 * width, width)
         left, right = ends + sign * width
-        curved = polynomial.polyval(np.stack([left, right, 0.0 * left]), self._slopes[1])
+        curved = polynomial.polyval(
+            np.stack([left, right, 0.0 * left]), self._slopes[1]
+        )
         narrow = 1.0 / np.sqrt(1.0 / variance + np.abs(curved).max(axis=0))
         count = int(np.ceil(np.max((right - left) / (spacing * narrow)))) + 1
         y = left + (right - left) * np.linspace(0.0, 1.0, count)[:, None]

@@ -235,9 +235,7 @@ class TorchMixture:
             name: _alike(getattr(tables, name), self.dim, end)
             for name in ("base", "tilted", "density")
         }
-        self._varying = [
-            not _alike(rows, 0, end) for rows in tables.tilted_derivative
-        ]
+        self._varying = [not _alike(rows, 0, end) for rows in tables.tilted_derivative]
 
     def _mixture(self, name: str, n: int, x: Tensor) -> _LogQuadratics:
         return _LogQuadratics(getattr(self._t, name)[n], x, self._share[name])
