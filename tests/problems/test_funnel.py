@@ -21,7 +21,7 @@ def log_normal(x, mean, variance):
     return -0.5 * (x - mean) ** 2 / variance - 0.5 * np.log(2.0 * np.pi * variance)
 
 
-def log_h_by_bridges(problem, x, t, count=400_001):
+def log_h_by_bridges(problem, x, t, count=40_001):
     """log p*_t(x) / p_t(x), p*_t the Brownian bridges to the funnel, by a fine sum."""
     share = t / problem.horizon
     loose = problem.horizon * share * (1.0 - share)
@@ -30,7 +30,7 @@ def log_h_by_bridges(problem, x, t, count=400_001):
     logs = log_normal(y, 0.0, problem.spread**2) + log_normal(x[0], share * y, loose)
     squares, n = np.sum(x[1:] ** 2), problem.dim - 1
     logs += -0.5 * squares / spread - 0.5 * n * np.log(2.0 * np.pi * spread)
-    total = logsumexp(logs) + np.log(y[1] - y[0])
+    total = logsumexp(logs) + np.log(80.0 / (count - 1))
     return total - np.sum(log_normal(x, 0.0, t))
 
 
