@@ -30,6 +30,8 @@ PROBLEMS = checks.all_problems()
 POINTS = ["zero", "halfway", "optimum", "overshoot", "random"]
 IMAGES = ("digits", "digits_classifier")
 """A hundred components in 64 dimensions: tests of few are in test_digits."""
+LARGE = "many_well:dim=32"
+"""The published size; every answer is a multiple of that of a smaller one."""
 SUMS = ("many_well", "funnel")
 """Their u* is a sum at every state: tests on few paths are in files of their own."""
 
@@ -38,7 +40,7 @@ def problems_with(condition, slow=IMAGES):
     """Parametrize over problems; the ones solved on a grid take seconds per answer."""
     chosen = [
         pytest.param(p, marks=pytest.mark.slow)
-        if isinstance(p, GridProblem) or p.name in slow
+        if isinstance(p, GridProblem) or {p.name, p.label} & {*slow, LARGE}
         else p
         for p in PROBLEMS
         if condition(p)

@@ -74,6 +74,11 @@ def test_chain_answers_are_sums_over_pairs(plane):
     for quantity in ("objective", "gradient", "matching_gradient"):
         one, four = (getattr(p.truth, quantity)("halfway", 9) for p in (plane, wide))
         np.testing.assert_allclose(four, 4.0 * np.asarray(one), rtol=1e-12)
+    odd = ManyWell(dim=3).truth
+    axis = np.linspace(-9.0, 9.0, 6001)
+    well = np.log(np.sum(density(plane, axis, True)) * 0.003)
+    expected = plane.truth.log_normalizer() + well
+    assert odd.log_normalizer() == pytest.approx(expected, rel=1e-13)
     with pytest.raises(NotExactError, match="optimum"):
         plane.truth.optimal_cost(9)
 
@@ -81,8 +86,7 @@ def test_chain_answers_are_sums_over_pairs(plane):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"dim": 3}, "even"),
-        ({"dim": 0}, "even"),
+        ({"dim": 1}, "at least 2"),
         ({"rate": 0.0}, "rate"),
         ({"horizon": -1.0}, "horizon"),
         ({"horizon": 0.5}, "infinite variance"),
