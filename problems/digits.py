@@ -24,9 +24,8 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -53,7 +52,7 @@ class Digits(TiltingProblem):
     start_time : in (0, 1).
     """
 
-    default_steps: ClassVar[int] = 50
+    default_steps: ClassVar[int] = 32
     source: ClassVar[str] = (
         "digits of scikit-learn (Alpaydin and Kaynak 1998); tilt and control family "
         "ours"
@@ -68,8 +67,8 @@ r(x) &= \tfrac{1}{8}\,\text{ink} \sum_i x_i + \tfrac{1}{8}\,\text{balance}
   - \tfrac{1}{2}\,\text{sharp}\,|x|^2, \quad f = 0
 \end{aligned}"""
     hardness: ClassVar[str] = (
-        "Real data: a hundred narrow modes in 64 dimensions, whose flow decides between "
-        "images within a few steps."
+        "Real data: a hundred narrow modes in 64 dimensions, and a flow that decides "
+        "between images within a few steps."
     )
 
     n_images: int = 100
@@ -84,6 +83,10 @@ r(x) &= \tfrac{1}{8}\,\text{ink} \sum_i x_i + \tfrac{1}{8}\,\text{balance}
     @property
     def parameter_names(self) -> tuple[str, ...]:
         return "ink", "balance", "sharp"
+
+    @property
+    def effort(self) -> int:
+        return self.dim * max(1, self.n_images // 20)
 
     def build(self) -> TiltingFamily:
         check_images(self.n_images)

@@ -18,10 +18,10 @@ best member, the Gaussian that fits the funnel best at that price.
 Weights.  E e^r = 1, but E e^{q r} is infinite for every q > 1, under the base and under
 every control of the family: given x_0 the integral over x_i has the exponent
 -(q e^{-x_0} - (q - 1) / b) x_i^2 / 2, b the variance of x_i in the simulated law, which
-is positive where x_0 > log(q b / (q - 1)), whatever b.  Importance weights have the tail
-index 1: their mean exists and their variance does not, nor that of any estimate that
-weighs paths.  h(x, t) is finite for every x at t > 0, and at t = 0 where all x_i are 0.
-Moments of r itself all exist.
+is positive where x_0 > log(q b / (q - 1)), whatever b.  Importance weights have the
+tail index 1: their mean exists, their variance does not, nor has any estimate that
+weighs paths one.  h(x, t) is finite for every x at t > 0, and at t = 0 where all x_i
+are 0.  Moments of r itself all exist.
 
 Source: Neal 2003, 10.1214/aos/1056562461 (d = 10, spread 3); Zhang and Chen 2021,
 arXiv:2111.15141 (the pinned start); the control family is ours.

@@ -2,7 +2,8 @@
 
 Base      dX = -rate X dt + u dt + dW,  X_0 = 0,  so p_T = N(0, v I)
 Target    rho(x) = prod over pairs of exp(-a^4 + 6 a^2 + a / 2 - b^2 / 2),
-          the wells a in the first half of the coordinates, the b in the second
+          the wells a in the first half of the coordinates, the b in the second; of
+          an odd dimension the last pair has no b
 Reward    r = log(rho / p_T)
 
 so that X_T has the density rho / Z under u*, and log Z is that of rho: 164.695675 at
@@ -69,7 +70,7 @@ class ManyWell(ProductProblem):
 
     Parameters
     ----------
-    dim : even, >= 2; 32 in the literature.
+    dim : >= 2; 32 in the literature.
     rate : >= 0.05, of the mean reversion of the base.
     horizon : T > 0; v = (1 - exp(-2 rate T)) / (2 rate) must exceed 1/2, or the weights
         e^r have infinite variance under the base.
@@ -97,8 +98,8 @@ r(x) &= \log \frac{\rho(x)}{p_T(x)}, \quad f = 0
     horizon: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.dim < 2 or self.dim % 2:
-            raise ParameterError(f"dim {self.dim} must be even and at least 2")
+        if self.dim < 2:
+            raise ParameterError(f"dim {self.dim} must be at least 2")
         if not self.horizon > 0:
             raise ParameterError(f"horizon {self.horizon} must be positive")
         if not self.rate >= 0.05:
@@ -160,8 +161,11 @@ r(x) &= \log \frac{\rho(x)}{p_T(x)}, \quad f = 0
         features[0, 0], features[1, 1], features[2, 3] = 1.0, 1.0 / unit, -1.0 / unit**3
         plain = np.zeros((4, 2))
         plain[3, 1] = -1.0
-        half = self.dim // 2
-        return Kind(force, features, -wells, half), Kind(force, plain, -bells, half)
+        n_bells = self.dim // 2
+        return (
+            Kind(force, features, -wells, self.dim - n_bells),
+            Kind(force, plain, -bells, n_bells),
+        )
 
 
 @lru_cache(maxsize=16)
@@ -189,7 +193,7 @@ class ManyWellTruth(ProductTruth):
         """Return log h and u* coordinate by coordinate, shape of x."""
         problem = self._problem
         growth = math.exp(-problem.rate * (problem.horizon - t))
-        variance, half = problem.variance_left(t), problem.dim // 2
+        variance, half = problem.variance_left(t), self._counts[0]
         found = [np.empty_like(x), np.empty_like(x)]
         parts = np.s_[..., :half], np.s_[..., half:]
         for integral, part in zip(self._integrals, parts, strict=True):
@@ -214,11 +218,10 @@ class ManyWellTruth(ProductTruth):
             for h in np.diff(problem.time_grid(n_steps)):
                 variance = (1.0 - h * problem.rate) ** 2 * variance + h
         origin = np.zeros(1)
-        pair = sum(
-            float(integral(origin, variance, spacing)[0][0])
-            for integral in self._integrals
+        return sum(
+            count * float(integral(origin, variance, spacing)[0][0])
+            for count, integral in zip(self._counts, self._integrals, strict=True)
         )
-        return problem.dim // 2 * pair
 
     def log_normalizer(self, n_steps: Steps = None, scheme: str = EULER) -> float:
         check_scheme(scheme)

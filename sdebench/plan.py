@@ -150,9 +150,9 @@ def _is_default(spec: str, thing: Any) -> bool:
     return bool(thing == registry.estimator(spec.partition(":")[0]))
 
 
-def _affordable(n_steps: int, dim: int) -> int:
+def _affordable(n_steps: int, effort: int) -> int:
     """Return the replicates of the quick suite that `QUICK_WORK` allows."""
-    return max(LEAST_REPLICATES, QUICK_WORK // (n_steps * dim * QUICK_PATHS))
+    return max(LEAST_REPLICATES, QUICK_WORK // (n_steps * effort * QUICK_PATHS))
 
 
 def _quick(seed: int) -> Iterator[Cell]:
@@ -176,7 +176,7 @@ def _quick(seed: int) -> Iterator[Cell]:
                 n_steps: int,
                 _e: str = estimator,
                 _p: str = spec,
-                _d: int = problem.dim,
+                _d: int = problem.effort,
                 _b: str = problem.backends[0],
                 **o: str,
             ) -> Cell:

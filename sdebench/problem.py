@@ -193,6 +193,11 @@ class Problem(ABC):
         return len(self.parameter_names)
 
     @property
+    def effort(self) -> int:
+        """How many coordinates of an ordinary path one step costs as much as."""
+        return self.dim
+
+    @property
     def has_start_parameters(self) -> bool:
         """Whether theta moves the law of X_0 as well."""
         return False

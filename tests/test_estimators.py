@@ -699,7 +699,13 @@ def mixture_specs():
     return [s for s in specs() if s not in exact_specs()]
 
 
-@pytest.mark.parametrize("spec", mixture_specs())
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(s, marks=pytest.mark.slow) if s.startswith("digits") else s
+        for s in mixture_specs()
+    ],
+)
 def test_pathwise_and_reinforce_agree_on_mixtures(spec):
     """Paired on the same paths of a 4-step chain; two expectations of one gradient."""
     chosen, points = small(spec), ("halfway", "overshoot")

@@ -28,12 +28,20 @@ from sdebench.validate import problem_simulation
 
 PROBLEMS = checks.all_problems()
 POINTS = ["zero", "halfway", "optimum", "overshoot", "random"]
+IMAGES = ("digits", "digits_classifier")
+"""A hundred components in 64 dimensions: tests of few are in test_digits."""
+LARGE = "many_well:dim=32"
+"""The published size; every answer is a multiple of that of a smaller one."""
+SUMS = ("many_well", "funnel")
+"""Their u* is a sum at every state: tests on few paths are in files of their own."""
 
 
-def problems_with(condition):
+def problems_with(condition, slow=IMAGES):
     """Parametrize over problems; the ones solved on a grid take seconds per answer."""
     chosen = [
-        pytest.param(p, marks=pytest.mark.slow) if isinstance(p, GridProblem) else p
+        pytest.param(p, marks=pytest.mark.slow)
+        if isinstance(p, GridProblem) or {p.name, p.label} & {*slow, LARGE}
+        else p
         for p in PROBLEMS
         if condition(p)
     ]
@@ -42,8 +50,7 @@ def problems_with(condition):
 
 def is_plane_tilting(problem):
     """Whether the regret is checked by quadrature in the plane, in two of many dims."""
-    plane = checks.reduced(problem).dim == 2
-    return plane and isinstance(problem, TiltingProblem)
+    return checks.grid_dim(checks.reduced(problem)) == 2
 
 
 every_problem = problems_with(lambda problem: True)
@@ -58,8 +65,10 @@ def test_every_problem_file_is_covered():
 
 @every_problem
 def test_hjb_equation(problem):
-    # The differences keep 1e-11; 1e-8 is the promise.
-    checks.check_hjb(problem, tolerance=1e-10)
+    # The differences keep 1e-11; 1e-8 is the promise.  Of the funnel the first times
+    # that are looked at are so early that h changes within the usual step.
+    step = 0.005 if problem.name == "funnel" else 0.01
+    checks.check_hjb(problem, tolerance=1e-10, step=step)
     checks.check_terminal_condition(problem)
 
 
@@ -86,7 +95,7 @@ def test_feynman_kac(problem, importance):
     try:
         checks.check_feynman_kac(problem, importance, n_paths=2**14, n_steps=64 * finer)
     except NotApplicableError as reason:
-        assert not importance
+        assert not importance or problem.name in SUMS  # whose family lacks u*
         pytest.skip(str(reason))
 
 
@@ -112,7 +121,8 @@ def test_gradient_against_differences(problem, point):
     problem = checks.reduced(problem)
     theta = checks.thetas(problem)[point]
     # An answer of a reference solution takes seconds.
-    directions = 1 if isinstance(problem, GridProblem) else None
+    reference = isinstance(problem, GridProblem) or problem.name == "many_well"
+    directions = 1 if reference else None
     checks.check_gradient(problem, theta, directions=directions)
 
 
@@ -173,7 +183,7 @@ def test_discrete_optimum_is_stationary_and_cheapest(problem):
 # ---- check 6: regret ---------------------------------------------------------------
 
 
-@problems_with(lambda problem: not is_plane_tilting(problem))
+@problems_with(lambda problem: not is_plane_tilting(problem), slow=IMAGES + SUMS)
 @pytest.mark.parametrize("point", ["zero", "halfway", "random"])
 def test_regret_is_half_the_control_error(problem, point):
     problem = checks.reduced(problem)

@@ -14,7 +14,7 @@ difference quotient.  At t = 0 the integral is finite at x_1 = ... = x_n = 0 onl
 
 Under the affine control x_0 ~ N(m, c) and x_i ~ N(0, b), and -E r(X_T) is
 
-    G = (c + m^2) (1/(2 S^2) - 1/(2 T)) + n m / 2 + n b / 2 (e^{c/2 - m} - 1 / T) + const:
+    G = a (c + m^2) / 2 + n m / 2 + n b (e^{c/2 - m} - 1 / T) / 2 + const:
 
 two problems of one dimension (`polynomial_tilt`) that meet in G.
 """
@@ -22,7 +22,7 @@ two problems of one dimension (`polynomial_tilt`) that meet in G.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -147,15 +147,15 @@ class Funnel:
     def _line(self) -> PolynomialTilt:
         return PolynomialTilt(0.0, np.ones(1), self.horizon, (0.0, 0.0), self.profiles)
 
-    def _end(self, m: float, c: float, b: float) -> tuple[float, Array, Array]:
-        """Return G, and its derivatives beside G in (m, c), and in b."""
+    def _end(self, m: float, c: float, b: float) -> tuple[Array, float]:
+        """Return G and its derivatives in m and c, and that in b."""
         n, gap = self.n, 1.0 / self.spread**2 - 1.0 / self.horizon
         mean = np.exp(0.5 * c - m)  # of exp(-x_0)
         rest = 0.5 * n * b * mean
         value = 0.5 * gap * (c + m**2) + 0.5 * n * (m - b / self.horizon) + rest
         value += np.log(self.spread) - 0.5 * (n + 1) * np.log(self.horizon)
         first = np.array([value, gap * m + 0.5 * n - rest, 0.5 * (gap + rest)])
-        return float(value), first, 0.5 * n * (mean - 1.0 / self.horizon)
+        return first, float(0.5 * n * (mean - 1.0 / self.horizon))
 
     def answers(
         self, theta: Array, times: Array | None, n_panels: int
@@ -179,14 +179,22 @@ class Funnel:
         solve(first, note)
         solve(others, note)
         (m, c), (_, b) = ends
-        value, mine, slope = self._end(m, c, b)
+        mine, slope = self._end(m, c, b)
+        value = float(mine[0])
         one = solve(first, lambda mean, variance: mine)
         # n coordinates alike: each has the share 1 / n of the derivative in b
-        each = solve(
-            others, lambda mean, variance: np.array([0.0, 0.0, slope / self.n])
+        share = np.array([0.0, 0.0, slope / self.n])
+        each = solve(others, lambda mean, variance: share)
+
+        def joined(mine: Array, theirs: Array) -> Array:
+            return np.append(mine, self.n * theirs[:2])
+
+        return PolicyAnswers(
+            objective=one.objective + self.n * each.objective,
+            reward_only_objective=value,
+            gradient=joined(one.gradient, each.gradient),
+            reward_only_gradient=joined(
+                one.reward_only_gradient, each.reward_only_gradient
+            ),
+            matching_gradient=joined(one.matching_gradient, each.matching_gradient),
         )
-        parts = {
-            name: np.append(getattr(one, name), self.n * getattr(each, name)[:2])
-            for name in ("gradient", "reward_only_gradient", "matching_gradient")
-        }
-        return replace(one, objective=one.objective + self.n * each.objective, **parts)
