@@ -94,6 +94,7 @@ class Pages:
             "estimator": {v: self.estimator_files[_stem(v)] for v in variants},
         }
         self._make_table = site_rows.table_maker(cells, links)
+        self._places = {name: place for place, name in enumerate(names)}
         self._problem_of = self._table["problem"]
         self._estimator_of = self._table["estimator"].map(_stem)
 
@@ -208,6 +209,19 @@ class Pages:
         without: tuple[str, ...] = (),
     ) -> site_rows.Table:
         rows = [i for i, chosen in enumerate(mine) if chosen]
+        names, variants, statuses = (
+            self._table[column].tolist()
+            for column in ("problem", "estimator", "status")
+        )
+
+        def place(i: int) -> tuple[Any, ...]:
+            # Refusals come last: on the index those of a problem, else all; the
+            # default comes before the options of an estimator.
+            refused, problem = statuses[i] != "ok", self._places[names[i]]
+            ends = (problem, refused) if mine.all() else (refused, problem)
+            return *ends, variants[i].partition(":")[0], variants[i]
+
+        rows.sort(key=place)
         return self._make_table(rows, short.tolist(), self._command, without)
 
 
