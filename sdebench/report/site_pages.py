@@ -202,6 +202,11 @@ class Pages:
         chosen = headline(self._frame.assign(**labels))
         return self._frame.index.to_series().isin(chosen.index)
 
+    def _place(self, i: int) -> tuple[Any, ...]:
+        """Return what to sort a row by: refusals last, defaults before options."""
+        status, problem, label = self._table.loc[i, ["status", "problem", "estimator"]]
+        return status != "ok", self._places[problem], _stem(label), label
+
     def _cells(
         self,
         mine: pd.Series[bool],
@@ -209,19 +214,8 @@ class Pages:
         without: tuple[str, ...] = (),
     ) -> site_rows.Table:
         rows = [i for i, chosen in enumerate(mine) if chosen]
-        names, variants, statuses = (
-            self._table[column].tolist()
-            for column in ("problem", "estimator", "status")
-        )
-
-        def place(i: int) -> tuple[Any, ...]:
-            # Refusals come last: on the index those of a problem, else all; the
-            # default comes before the options of an estimator.
-            refused, problem = statuses[i] != "ok", self._places[names[i]]
-            ends = (problem, refused) if mine.all() else (refused, problem)
-            return *ends, variants[i].partition(":")[0], variants[i]
-
-        rows.sort(key=place)
+        if not mine.all():  # the index keeps the order of the run
+            rows.sort(key=self._place)
         return self._make_table(rows, short.tolist(), self._command, without)
 
 

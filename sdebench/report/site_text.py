@@ -168,7 +168,7 @@ def answers(problem: Problem) -> Answers:
         )
     ]
     for point, theta in problem.points.items():
-        shown = ", ".join(plain(float(v)) for v in theta)
+        shown = ", ".join(plain(float(v) + 0.0) for v in theta)  # -0 is 0
         rows = [
             row("J(θ)", "objective", theta),
             row("∇J(θ)", "gradient", theta),
