@@ -67,7 +67,7 @@ class Crooks(KernelRatioEstimator):
 F_n(x, x') &= \mathcal{N}\left( x'; x + h \left( b_n
   + \tfrac{1}{2} \sigma_n^2 \lambda_n \nabla r \right)(x), h \sigma_n^2 I \right) \\
 B_n(x', x) &= \mathcal{N}\left( x; \tfrac{\alpha_n}{\alpha_{n+1}} x'
-  + \tfrac{1}{2} b_n \lambda_{n+1} \nabla r(x'), b_n I \right)
+  + \tfrac{1}{2} c_n \lambda_{n+1} \nabla r(x'), c_n I \right)
 \end{aligned}"""
     unbiased: ClassVar[str] = (
         "Z of the continuous process at any number of steps, before the logarithm, "

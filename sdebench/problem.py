@@ -425,7 +425,7 @@ class Truth:
         """Return the N-step chain and its (K, k, dK/dtheta, dk/dtheta)."""
         raise NotExactError(
             "the discretized objective is exact on linear-quadratic and Gaussian "
-            "problems only: the Euler-Maruyama chain of a mixture has no closed law"
+            "problems only: the Euler-Maruyama chain of others has no closed law"
         )
 
     # ---- answers ------------------------------------------------------------------

@@ -22,6 +22,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from math import expm1, inf
+from typing import Any
 
 import numpy as np
 
@@ -54,12 +55,12 @@ REACHED, AT_LEAST, BIASED, UNSEEN = "reached", "at least", "bias", "not resolved
 
 def estimators() -> list[Estimator]:
     """Return the estimators of log Z, one for every control that they simulate."""
-    found = []
+    found: list[Estimator] = []
     for name in registry.estimator_names():
         first = registry.estimator(name)
         if first.estimand != "log_normalizer":
             continue
-        kinds = {}
+        kinds: dict[tuple[Any, Any], Estimator] = {}
         for options in ({}, *first.variants):
             chosen = registry.estimator(name, **options)
             kinds.setdefault((chosen.control, chosen.other_control), chosen)

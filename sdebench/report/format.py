@@ -16,8 +16,10 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from typing import Any
 
 MISSING = "–"
-_MOST_DIGITS = 4
+_MOST_POWERS = 4
 """Powers of ten between a number and the ends of its interval that share one power."""
+_MOST_DIGITS = 7
+"""Significant digits of an estimate with an interval, however narrow."""
 _NO_BOUND = 1e12
 """An interval's end that is so many times the estimate says nothing."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -132,7 +134,7 @@ def interval(value: float, low: float, high: float, unit: str = "") -> str:
     if math.isnan(value):
         value = 0.5 * (low + high)
     exponent = _exponent(value)
-    if max(_exponent(high) - exponent, exponent - _exponent(low)) > _MOST_DIGITS:
+    if max(_exponent(high) - exponent, exponent - _exponent(low)) > _MOST_POWERS:
         ends = f"{_two_digits(low, ROUND_FLOOR)}, {_two_digits(high, ROUND_CEILING)}"
         return f"{plain(value, 1)} [{ends}]{unit}"
     shift = exponent if exponent < -2 or exponent >= 4 else 0
@@ -141,6 +143,7 @@ def interval(value: float, low: float, high: float, unit: str = "") -> str:
     # An interval wider than the number still shows the number's leading digit, and a
     # lower end that is not zero is not shown as zero.
     decimals = max(-_exponent(error), -_exponent(value))
+    decimals = min(decimals, _MOST_DIGITS - 1 - _exponent(value))
     a = _fixed(low, max(decimals, -_exponent(low)), ROUND_FLOOR)
     v = _fixed(value, decimals)
     b = _fixed(high, decimals, ROUND_CEILING)

@@ -94,6 +94,7 @@ class Pages:
             "estimator": {v: self.estimator_files[_stem(v)] for v in variants},
         }
         self._make_table = site_rows.table_maker(cells, links)
+        self._places = {name: place for place, name in enumerate(names)}
         self._problem_of = self._table["problem"]
         self._estimator_of = self._table["estimator"].map(_stem)
 
@@ -201,6 +202,11 @@ class Pages:
         chosen = headline(self._frame.assign(**labels))
         return self._frame.index.to_series().isin(chosen.index)
 
+    def _place(self, i: int) -> tuple[Any, ...]:
+        """Return what to sort a row by: refusals last, defaults before options."""
+        status, problem, label = self._table.loc[i, ["status", "problem", "estimator"]]
+        return status != "ok", self._places[problem], _stem(label), label
+
     def _cells(
         self,
         mine: pd.Series[bool],
@@ -208,6 +214,8 @@ class Pages:
         without: tuple[str, ...] = (),
     ) -> site_rows.Table:
         rows = [i for i, chosen in enumerate(mine) if chosen]
+        if not mine.all():  # the index keeps the order of the run
+            rows.sort(key=self._place)
         return self._make_table(rows, short.tolist(), self._command, without)
 
 

@@ -16,6 +16,7 @@ from sdebench.problem import Problem
 from sdebench.report.format import MISSING, plain
 
 _DIGITS = 8  # of exact answers
+_ROUNDING = 1e-13  # an exact answer that is smaller is zero
 _MATHML = {
     *("math", "mrow", "mstyle", "mspace", "mpadded", "mphantom", "mmultiscripts"),
     *("mi", "mn", "mo", "mtext", "mfrac", "msqrt", "mroot", "mtable", "mtr", "mtd"),
@@ -102,7 +103,7 @@ def parameters(owner: Any, values: dict[str, Any]) -> list[Parameter]:
     entry = re.compile(r"^(\w[\w, ]*) : ((?:.|\n(?!\w))*)", re.M)
     for names, meaning in entry.findall(section):
         for name in names.split(","):
-            meanings[name.strip()] = " ".join(meaning.split())
+            meanings[name.strip()] = " ".join(meaning.replace("``", "").split())
     return [Parameter(k, str(v), meanings.get(k, "")) for k, v in values.items()]
 
 
@@ -142,6 +143,8 @@ def answers(problem: Problem) -> Answers:
             if str(error) not in reasons:
                 reasons.append(str(error))
             return f"not exact ({reasons.index(str(error)) + 1})"
+        least = _ROUNDING * max(1.0, float(np.max(np.abs(numbers))))
+        numbers = np.where(np.abs(numbers) < least, 0.0, numbers)
         words = [plain(float(v), _DIGITS) for v in numbers]
         return words[0] if len(words) == 1 else f"({', '.join(words)})"
 
@@ -165,7 +168,7 @@ def answers(problem: Problem) -> Answers:
         )
     ]
     for point, theta in problem.points.items():
-        shown = ", ".join(plain(float(v)) for v in theta)
+        shown = ", ".join(plain(float(v) + 0.0) for v in theta)  # -0 is 0
         rows = [
             row("J(θ)", "objective", theta),
             row("∇J(θ)", "gradient", theta),
