@@ -104,13 +104,13 @@ def catalogue(monkeypatch):
         return type(name, (base,), attributes)()
 
     things = {
-        "ou_linear": build(linear, "OULinear", default_steps=64, dim=1),
-        "ou_quadratic": build(linear, "OUQuadratic", default_steps=3, dim=1),
+        "ou_linear": build(linear, "OULinear", default_steps=64, effort=1),
+        "ou_quadratic": build(linear, "OUQuadratic", default_steps=3, effort=1),
         "two_modes": build(
             mixture,
             "Two",
             default_steps=32,
-            dim=1,
+            effort=1,
             variants=[{"beta": 0.1}, {"beta": 1.0}],
         ),
         "pathwise": [{}],

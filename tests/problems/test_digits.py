@@ -222,7 +222,8 @@ def test_all_images(spec):
     found = measure(
         problem, "reinforce", n_steps=32, n_paths=64, n_replicates=8, dtype="float32"
     )
-    assert np.all(np.isfinite(found.row["estimate"]))
+    assert found.row["status"] == "ok"
+    assert found.row["verdict"] != "biased"
 
 
 @pytest.mark.parametrize(
