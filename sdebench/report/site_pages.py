@@ -205,7 +205,7 @@ class Pages:
     def _place(self, i: int) -> tuple[Any, ...]:
         """Return what to sort a row by: refusals last, defaults before options."""
         status, problem, label = self._table.loc[i, ["status", "problem", "estimator"]]
-        return status != "ok", self._places[problem], _stem(label), label
+        return status != "ok", self._places[problem], _stem(str(label)), label
 
     def _cells(
         self,
