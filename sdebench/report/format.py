@@ -100,6 +100,7 @@ def plain(x: float, digits: int = 3) -> str:
     if -3 <= exponent < 5:
         # At least zero decimals: integer digits are never replaced by zeros.
         return _fixed(x, max(digits - 1 - exponent, 0))
+    exponent = _exponent(float(f"{x:.{digits - 1}e}"))  # 9.99 may become 10
     return _power(_fixed(x / 10.0**exponent, digits - 1), exponent)
 
 

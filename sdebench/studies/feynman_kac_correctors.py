@@ -75,8 +75,8 @@ TARGETS = {
     PRODUCT: DensityPath([FIRST, OTHER], [1.0, 1.0], rate=RATE),
 }
 NODES = np.linspace(-8.0, 8.0, 401)
-STEPS = (25, 50, 100, 200, 400, 800)
-KERNEL_STEPS = STEPS[:4]
+STEPS = (50, 100, 200, 400, 800)
+KERNEL_STEPS = STEPS[:3]
 """Numbers of steps of the kernel ratios in the figure."""
 
 PRINTED_PARTICLES = 100_000
@@ -88,7 +88,7 @@ PRINTED_ERRORS = {
 PRINTED_SHARES = {ANNEALED: ".32", GUIDED: ".63"}
 PRINTED_SECOND = {"exact": "1.0708", "weighted": "1.0683", "plain": "1.348"}
 
-N_STEPS, N_PARTICLES, N_REPLICATES = 100, 2048, 32
+N_STEPS, N_PARTICLES, N_REPLICATES = 100, 2048, 96
 """Of the simulations."""
 SCHEMES: dict[str, tuple[str, float | None]] = {
     "no resampling": ("systematic", None),

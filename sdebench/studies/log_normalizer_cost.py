@@ -33,7 +33,7 @@ from sdebench.experiments.normalizers import (
     cost,
 )
 from sdebench.problem import Problem
-from sdebench.report.format import plain
+from sdebench.report.format import MISSING, plain
 from sdebench.studies._study import Study, level_of_each
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class LogNormalizerCost(Study):
         groups = evidence.groupby(["problem", "of"], sort=False)
         for (problem, of), mine in groups:
             by = {row.estimator: row for row in records(mine)}
-            texts = {name: _text(by[name]) for name in names if name in by}
+            texts = {n: _text(by[n]) if n in by else MISSING for n in names}
             rows.append({"problem": str(problem), "1 % of": str(of)} | texts)
         return pd.DataFrame(rows)
 
@@ -156,7 +156,7 @@ def _rows(
 def _text(row: Any) -> str:
     """Return a cell of the table."""
     if row.outcome == REFUSED:
-        return "–"
+        return MISSING
     if row.outcome == BIASED:
         return f"bias {plain(100.0 * row.bias, 2).replace('-', '−')} %"
     bound = "" if row.outcome == REACHED else "≥ "

@@ -63,6 +63,7 @@ def test_table_summary_and_figure(evidence):
     assert first["jarzynski"] == "bias −2.6 %"
     assert first["crooks"].endswith(" s")
     assert table["crooks"].iloc[-1] == "–"
+    assert set(table["crooks"][table["problem"] == "brownian_linear"]) == {"–"}
     text = STUDY.summary(evidence)
     assert "stop at their bias" in text
     assert "proposal=optimal" not in text
