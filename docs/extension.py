@@ -24,6 +24,7 @@ from sdebench import registry
 from sdebench.cli import cli
 from sdebench.estimator import Estimator
 from sdebench.problem import ESTIMANDS, Problem
+from sdebench.report.format import markdown
 from sdebench.report.site_text import linked, mathml
 from sdebench.simulate.paths import simulate
 from sdebench.view import NEEDS
@@ -66,7 +67,7 @@ def fill_in(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = template.render(
         problems=[registry.problem(name) for name in registry.problem_names()],
         estimators=[registry.estimator(name) for name in registry.estimator_names()],
-        estimands=ESTIMANDS,
+        estimands={name: markdown(text) for name, text in ESTIMANDS.items()},
         claims=written("claims"),
         studies=written("studies"),
         commands=commands(),

@@ -211,7 +211,7 @@ class FeynmanKacCorrectors(Study):
         own = []
         for (target, scheme), mine in runs.groupby(["target", "scheme"], sort=False):
             by = {row.of: row for row in records(mine)}
-            own.append(_row(f"{target}, {scheme}: |errors|", _run_text(by)))
+            own.append(_row(f"{target}, {scheme}: mean errors", _run_text(by)))
         own += [
             _row(f"{row.target}: log Z error from N(0, 1)", f"{row.value:.4f}")
             for row in records(starts)

@@ -82,8 +82,8 @@ def test_small_run(evidence):
     ours = dict(zip(table["quantity"], table["ours"], strict=True))
     assert ours[f"{module.GUIDED}: log Z error from N(0, 1)"] == "0.0000"
     never, *_, always = module.SCHEMES
-    assert "effective" in ours[f"{module.PRODUCT}, {never}: |errors|"]
-    assert "19.0 resamplings" in ours[f"{module.PRODUCT}, {always}: |errors|"]
+    assert "effective" in ours[f"{module.PRODUCT}, {never}: mean errors"]
+    assert "19.0 resamplings" in ours[f"{module.PRODUCT}, {always}: mean errors"]
     assert "comparisons agree" in STUDY.summary(evidence)
     assert all(axes.has_data() for axes in STUDY.figure(evidence).axes)
 
