@@ -183,6 +183,8 @@ def _best(problem: ManyWell) -> Array:
 class ManyWellTruth(ProductTruth):
     """Certified answers: h by sums of one dimension, the others as its parent's."""
 
+    # From the scatter of J between neighbouring theta: the exponents are hundreds.
+    rounding: ClassVar[float] = 2e-12
     _problem: ManyWell
 
     @cached_property

@@ -7,7 +7,7 @@ their error; both are remembered.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -40,7 +40,13 @@ class CertifiedTruth(Truth):
 
     A subclass writes `_numbers` and `log_normalizer`; X_0 is a point unless it says
     otherwise.
+
+    Class attributes
+    ----------------
+    rounding : relative error of the numbers that a coarser rule does not show.
     """
+
+    rounding: ClassVar[float] = ROUNDING
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -79,7 +85,7 @@ class CertifiedTruth(Truth):
             self._remembered(what, theta, n_steps, level) for level in (0, 1)
         )
         size = self._problem.dim + float(np.max(np.abs(fine)))
-        return np.abs(fine - coarse) + ROUNDING * size
+        return np.abs(fine - coarse) + self.rounding * size
 
     def _policy(self, theta: Any, n_steps: Steps, scheme: str) -> PolicyAnswers:
         check_scheme(scheme)

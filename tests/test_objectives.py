@@ -15,7 +15,12 @@ from scipy.stats import norm
 
 import sdebench
 from sdebench.closed_form import log_quadratics as lq
-from sdebench.errors import NotApplicableError, NotExactError, ParameterError
+from sdebench.errors import (
+    NotApplicableError,
+    NotExactError,
+    NumericalError,
+    ParameterError,
+)
 from sdebench.grid_problem import GridProblem
 from sdebench.simulate.paths import simulate
 
@@ -105,8 +110,12 @@ def test_reward_only_gradient_is_the_derivative(problem, point, n_steps):
     truth = problem.truth
     theta = problem.theta(point)
     exact = truth.reward_only_gradient(theta, n_steps)
-    found = differences(lambda t: truth.reward_only_objective(t, n_steps), theta)
-    bound = 0.0 if n_steps else truth.error_bound("reward_only_gradient", theta)
+    try:
+        found = differences(lambda t: truth.reward_only_objective(t, n_steps), theta)
+    except NumericalError as edge:  # of the controls under which paths stay finite
+        pytest.skip(str(edge))
+    names = ("reward_only_gradient", "reward_only_objective")
+    bound = 0.0 if n_steps else max(truth.error_bound(k, theta) for k in names)
     scale = 1.0 + np.max(np.abs(exact))
     np.testing.assert_allclose(exact, found, atol=1e-8 * scale + 1e4 * bound, rtol=0)
 
