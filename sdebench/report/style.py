@@ -10,6 +10,7 @@ a new estimator leaves nearly all others as they are.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ _SMALL = 7.0  # points; the smallest text of a figure
 _GRAY = 7  # of the palette, left to lines that are no estimator's
 _TONES = (0.0, -0.45, 0.45, -0.25, 0.25)
 """Of the palette's colors, for the estimators, as `_SHADES` for their variants."""
-_SALT = 8034
+_SALT = 228015
 """Of the names' hash: with it the estimators of one estimand are easy to tell apart."""
 _STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 _SHADES = (0.0, -0.5, 0.45, -0.25, 0.25)  # towards black and towards white
@@ -106,10 +107,11 @@ def _slots(bases: set[str], count: int) -> dict[str, int]:
     catalogue = estimator_names()
     slots: dict[str, int] = {}
     for name in (*catalogue, *sorted(bases - set(catalogue))):
-        slot = crc32(f"{_SALT}{name}".encode()) % count
-        while slot in slots.values() and len(slots) < count:
-            slot = (slot + 1) % count
-        slots[name] = slot
+        taken = set(slots.values()) if len(slots) < count else set()
+        hashes = (
+            crc32(f"{_SALT}{name}{i}".encode()) % count for i in itertools.count()
+        )
+        slots[name] = next(slot for slot in hashes if slot not in taken)
     return slots
 
 
