@@ -177,6 +177,7 @@ def test_a_broken_link_fails_the_build(tmp_path):
 # ---- the tutorial -------------------------------------------------------------------
 @needs("nbclient", "ipykernel", "matplotlib")
 @pytest.mark.timeout(900)  # the first run compiles the kernels
+@pytest.mark.slow
 def test_tutorial_runs_from_scratch(tmp_path):
     import nbformat
     from nbclient import NotebookClient

@@ -702,7 +702,9 @@ def mixture_specs():
 @pytest.mark.parametrize(
     "spec",
     [
-        pytest.param(s, marks=pytest.mark.slow) if s.startswith("digits") else s
+        s
+        if s in ("two_modes", "follmer_mixture")
+        else pytest.param(s, marks=pytest.mark.slow)
         for s in mixture_specs()
     ],
 )

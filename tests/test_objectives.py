@@ -43,8 +43,9 @@ def problems_with(condition):
 
 
 def slow_truth(problem):
-    """Whether answers in continuous time take seconds: grids, fine quadratures."""
-    return isinstance(problem, GridProblem) or problem.name == "forty_modes"
+    """Whether answers or paths take seconds: grids, fine quadratures, many images."""
+    names = ("forty_modes", "digits", "digits_classifier", "hjb_log")
+    return isinstance(problem, GridProblem) or problem.name in names
 
 
 def flows(problem):
@@ -210,7 +211,10 @@ def test_chain_without_noise_in_some_steps(problem):
     np.testing.assert_allclose(covariances[-1], covariance, atol=1e-13)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point",
+    [p if p == "halfway" else pytest.param(p, marks=pytest.mark.slow) for p in POINTS],
+)
 def test_flow_ends_in_the_law_of_the_policy(point):
     """E r(X_T) of the probability flow is that of the process, at first order.
 

@@ -184,13 +184,16 @@ def test_discrete_optimum_is_stationary_and_cheapest(problem):
 
 
 @problems_with(lambda problem: not is_plane_tilting(problem), slow=IMAGES + SUMS)
-@pytest.mark.parametrize("point", ["zero", "halfway", "random"])
+@pytest.mark.parametrize(
+    "point",
+    ["halfway", *(pytest.param(p, marks=pytest.mark.slow) for p in ("zero", "random"))],
+)
 def test_regret_is_half_the_control_error(problem, point):
     problem = checks.reduced(problem)
     checks.check_regret(problem, checks.thetas(problem)[point])
 
 
-@problems_with(is_plane_tilting)
+@problems_with(is_plane_tilting, slow=(*IMAGES, "forty_modes"))
 def test_regret_in_the_plane(problem):
     # Coarse in time and space: 1e-5 is left, and 1e-10 in the slow test.
     problem = checks.reduced(problem)

@@ -247,6 +247,10 @@ def moments(problem, horizon, count):
     return solve_ivp(right, (0.0, horizon), start, **SOLVER).y[:, -1]
 
 
+def test_the_stored_optimum_of_jacobi_is_the_least():
+    assert np.linalg.norm(JACOBI.truth.gradient("optimum")) < 1e-12
+
+
 def test_jacobi_h_and_tilted_moments_by_the_moments_of_the_base():
     p = np.array(JACOBI.coefficients)
     found = moments(JACOBI, 1.0, 4)

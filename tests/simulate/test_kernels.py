@@ -631,7 +631,11 @@ def test_pathwise_is_the_derivative(family, options):
     ("family", "options", "dtype"),
     [(*case, np.float64) for case in CASES]
     # in the other families float32 is left to the primitives: each compiles for seconds
-    + [(*case, np.float32) for case in CASES if case[0] == "linear"],
+    + [
+        pytest.param(*case, np.float32, marks=pytest.mark.slow)
+        for case in CASES
+        if case[0] == "linear"
+    ],
 )
 def test_estimators_against_loops(family, options, dtype):
     tables = make(family, **options)
