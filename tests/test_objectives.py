@@ -44,8 +44,14 @@ def problems_with(condition):
 
 def slow_truth(problem):
     """Whether answers or paths take seconds: grids, fine quadratures, many images."""
-    names = ("forty_modes", "digits", "digits_classifier", "hjb_log")
-    return isinstance(problem, GridProblem) or problem.name in names
+    slow = {
+        "forty_modes",
+        "digits",
+        "digits_classifier",
+        "hjb_log",
+        "manufactured_sine",
+    }
+    return isinstance(problem, GridProblem) or problem.name in slow
 
 
 def flows(problem):

@@ -99,7 +99,10 @@ def test_feynman_kac(problem, importance):
         pytest.skip(str(reason))
 
 
-holds_optimum = problems_with(lambda problem: problem.family_holds_optimum)
+WIDE = "forty_modes:dim=50,half_width=2.0"
+holds_optimum = problems_with(
+    lambda problem: problem.family_holds_optimum, slow=(*IMAGES, WIDE)
+)
 
 
 @holds_optimum
@@ -218,7 +221,7 @@ def test_regret_by_simulation(problem):
 # ---- the truth's remaining answers -------------------------------------------------
 
 
-@every_problem
+@problems_with(lambda problem: True, slow=(*IMAGES, "forty_modes"))
 def test_answers_have_the_right_shape(problem):
     problem = checks.reduced(problem)
     for estimand in ESTIMANDS:

@@ -151,6 +151,7 @@ def plain_expectations(tables, x):
     )
 
 
+@pytest.mark.slow
 def test_nonlinear_chain_against_splines():
     """J_N and log Z_N of a fixed start: another discretization, nothing shared."""
     tables = rewarded(4, horizon=1.0)._replace(start_factor=np.zeros((2, 2)))

@@ -254,7 +254,7 @@ def p_value(estimates, exact):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(o, marks=pytest.mark.slow if i > 3 else ())
+        pytest.param(o, marks=pytest.mark.slow if i > 1 else ())
         for i, o in enumerate(OPTIONS)
     ],
     ids=str,
@@ -460,7 +460,10 @@ def test_history_is_the_training_path():
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("spec", ["brownian_linear", "damped_oscillator"])
+@pytest.mark.parametrize(
+    "spec",
+    ["brownian_linear", pytest.param("damped_oscillator", marks=pytest.mark.slow)],
+)
 def test_subspace_gradient_is_unbiased_for_the_projected_gradient(spec, normalize):
     """And not for the gradient, nor with the other normalization."""
     problem, n_steps = registry.problem(spec), 4

@@ -111,6 +111,7 @@ def test_theta_star_is_the_best_of_the_family_and_not_optimal():
         TRUTH.optimal_cost(10)
 
 
+@pytest.mark.slow
 def test_law_under_the_optimal_control_by_quadrature():
     """The integral over X_0 of start density, transition density and h(y) / h(x_0)."""
     t = 0.6

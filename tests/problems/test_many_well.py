@@ -61,6 +61,7 @@ def test_regret_by_simulation(plane):
     checks.check_regret_by_simulation(plane, "halfway", n_paths=2**10, n_steps=32)
 
 
+@pytest.mark.slow
 def test_the_stored_optimum_is_the_least(plane):
     found = many_well._best(plane)
     np.testing.assert_allclose(many_well.OPTIMUM, found, rtol=1e-9)

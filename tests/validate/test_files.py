@@ -205,6 +205,7 @@ def test_validate_prints_json_and_exits_with_the_verdict(write, capsys):
     assert "biased in" in text
 
 
+@pytest.mark.slow
 def test_what_a_file_prints_is_no_part_of_the_report(write, capfd):
     loud = "print('y')\n        total = 0.0"
     text = ESTIMATOR.format(name="Mine").replace("total = 0.0", loud)
