@@ -232,6 +232,10 @@ def _law(problem: Problem) -> Picture | None:
     return Picture(inline(figure, "law", words), words)
 
 
+_MOST_ROWS = 250
+"""Rows of a figure, eleven to an inch, before it is no picture any more."""
+
+
 def _pictures(
     table: pd.DataFrame, ladder: pd.DataFrame, what: str, width: float = PAGE
 ) -> list[Picture]:
@@ -239,7 +243,8 @@ def _pictures(
 
     Parameters
     ----------
-    table : cells of the figures at one number of steps.
+    table : cells of the figures at one number of steps; of very many there are no
+        figures with a row per cell, which the pages of the problems have.
     ladder : cells of the figures over the number of steps.
     what : what is compared, in words.
     width : inches, of all figures but the bias.
@@ -252,6 +257,10 @@ def _pictures(
     ]
     if width == PAGE:
         drawers.insert(1, ("variance", _variance_figure, table, width))
+    if len(table) > _MOST_ROWS:
+        drawers = [
+            drawer for drawer in drawers if drawer[0] not in ("bias", "variance")
+        ]
     out = []
     for name, draw, cells, inches in drawers:
         try:

@@ -427,3 +427,18 @@ def test_a_problem_without_a_density_has_no_picture(monkeypatch):
 
     monkeypatch.setattr(problem.truth, "tilted_marginal", missing)
     assert site_pages._law(problem) is None
+
+
+def test_very_many_rows_are_no_picture(frame, monkeypatch):
+    """The index of a whole catalogue leaves them to the pages of the problems."""
+    table = summary(frame[frame.point == "halfway"])
+
+    def captions():
+        found = site_pages._pictures(table, table, "all")
+        return {picture.caption for picture in found}
+
+    tall = {site_pages._CAPTIONS[name] for name in ("bias", "variance")}
+    assert tall <= captions()
+    monkeypatch.setattr(site_pages, "_MOST_ROWS", len(table) - 1)
+    assert captions()
+    assert not tall & captions()
