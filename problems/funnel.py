@@ -59,6 +59,7 @@ class NealFunnel(SeparableProblem):
     horizon : T > 0.
     """
 
+    weights_have_variance: ClassVar[bool] = False
     default_steps: ClassVar[int] = 50
     source: ClassVar[str] = (
         "Neal 2003, 10.1214/aos/1056562461; pinned start after Zhang and Chen 2021, "

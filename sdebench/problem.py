@@ -69,6 +69,8 @@ class Problem(ABC):
     family_holds_optimum : whether theta_star gives u*; if not, theta_star is the
         minimizer of J in the control family, and J(theta_star) > J(u*).
     backends : what can simulate its tables, the fastest first.
+    weights_have_variance : whether the weights e^r dP/dP_u of paths may have a second
+        moment under controls of the family.
     has_derivatives : whether X_T and the reward have derivatives that an estimator may
         use; if not, those that need one are refused.
     """
@@ -81,6 +83,7 @@ class Problem(ABC):
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
     family_holds_optimum: ClassVar[bool] = True
     backends: ClassVar[tuple[str, ...]] = ("numba", "torch")
+    weights_have_variance: ClassVar[bool] = True
     has_derivatives: ClassVar[bool] = True
 
     # ---- identity ---------------------------------------------------------------

@@ -181,12 +181,20 @@ def _measure(request: Request, estimator: Estimator, level: float) -> Measured |
     )
     if counts and answers.target is not None:
         bias = Interval(*[expm1(float(answers.target[0]) - truth)] * 3)
+    effective = float(values.sum() ** 2 / np.sum(values**2) / len(values))
+    variance, missing = N_PATHS * spread**2, 1.0 + bias.estimate - mean
+    if counts and answers.target is not None and missing > 0.5:
+        # Weights of this mean came in none of the paths, so that their probability p
+        # is below 5 / paths (99 %), and the second moment above missing^2 / p.
+        variance, effective = missing**2 * N_PATHS * len(values) / 5.0, 0.0
+    if not problem.weights_have_variance:
+        effective = 0.0
     return Measured(
         n_steps,
         bias,
-        N_PATHS * spread**2,
+        variance,
         seconds / (len(values) * N_PATHS * n_steps),
-        float(values.sum() ** 2 / np.sum(values**2) / len(values)) if counts else 1.0,
+        effective if counts else 1.0,
     )
 
 

@@ -115,3 +115,23 @@ def test_refusals_are_sentences():
     found = module.measure(problem, registry.estimator("crooks"), 8, 0.999, 0)
     assert isinstance(found, str)
     assert "density" in found or "denoised" in found
+
+
+def test_weights_without_a_variance_give_a_lower_bound(monkeypatch):
+    """Of the funnel it is known; where no path has the weights it is seen."""
+    monkeypatch.setattr(module, "WORK", 1 << 17)
+    funnel = module.measure(
+        registry.problem("funnel", dim=2),
+        registry.estimator("path_importance_sampling"),
+        8,
+        0.999,
+        0,
+    )
+    assert funnel.effective == 0.0
+    assert module.cost([funnel], 0.01).outcome != module.REACHED
+    steep = registry.problem("brownian_linear", slope=9.0)
+    zero = registry.estimator("path_importance_sampling", proposal="zero")
+    found = module.measure(steep, zero, 8, 0.999, 0)
+    # E W^2 = e^81 Z^2, of which no sample tells; the bound is a number of paths
+    assert 1e3 < found.variance < 1e10
+    assert found.effective == 0.0
