@@ -18,6 +18,9 @@ control as well,
 and this is the costate of `pathwise`: the gradient of its loss is the pathwise gradient
 of J_N, path by path.
 
+Where the noise depends on the state, d base mean_n/dx is that of
+base mean_n + G_n(x) (w_n + z_n) with w_n + z_n held fixed.
+
 Where theta moves the law of X_0 as well, its part is (dX_0/dtheta)^T a_0 plus the
 derivative of the relative entropy to the base process's law.
 

@@ -1,9 +1,10 @@
 r"""Controlled Monte Carlo diffusions: an escorting field fitted by path-space losses.
 
-The field c_n(x) = sum_j phi_j(n) (a_j + b_j x), Legendre polynomials phi_j of the share
-of steps done, escorts the chains of `_escort`.  With l = -log W = log P_F / P_B + const
-and the scores S_F, S_B of the forward and backward path densities at fixed states, the
-gradients of the two losses in the coefficients are
+The field c_n(x) = (1/N) sum_j phi_j(n) (a_j + b_j x), Legendre polynomials phi_j of the
+share of steps done, escorts the chains of `_escort`.  With
+l = -log W = log P_F / P_B + const and the scores S_F, S_B of the forward and backward
+path densities at fixed states, v_n the variance of the exact noising, the gradients of
+the two losses in the coefficients are
 
     kl             KL(P_F || P_B) = E l:        E[(l - E l) S_F] + E[S_F - S_B],
     log_variance   1/2 Var l, states detached:  Cov(l, S_F - S_B),
@@ -88,7 +89,7 @@ F_n(x, x') &= \mathcal{N}\left( x'; x + h \left( b_n
   + \tfrac{1}{2} \sigma_n^2 \lambda_n \nabla r \right)(x) + c_n(x),
   h \sigma_n^2 I \right) \\
 B_n(x', x) &= \mathcal{N}\left( x; \tfrac{\alpha_n}{\alpha_{n+1}} x'
-  + \tfrac{1}{2} b_n \lambda_{n+1} \nabla r(x') - c_n(x'), b_n I \right) \\
+  + \tfrac{1}{2} v_n \lambda_{n+1} \nabla r(x') - c_n(x'), v_n I \right) \\
 c &= \mathrm{argmin}\ \mathrm{E}[-\log W]\ \text{or}\ \mathrm{Var}[\log W]
 \end{aligned}"""
     unbiased: ClassVar[str] = (

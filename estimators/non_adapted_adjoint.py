@@ -9,6 +9,9 @@ gives the costate phi_n, and the gradient is that of adjoint matching with phi_{
 for a_{n+1}.  It is what time-reversed BSDEs are compared with: the same regression
 with noisier labels.
 
+Where the noise depends on the state, d base mean_n/dx is that of
+base mean_n + G_n(x) (w_n + z_n) with w_n + z_n held fixed.
+
 Where theta moves the law of X_0 as well, phi_0(X_0) gives its part.
 
 References

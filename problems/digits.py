@@ -4,14 +4,16 @@ Data      sum_k N(x_k, variance I) / n_images, x_k the first images of scikit-le
           digits, d = 64, grey levels in [-1, 1]
 Base      linear flow (alpha = t, beta = 1 - t) with memoryless noise from
           ``start_time``; the denoiser E[X_T | X_t = x] is a softmax over all images
-Reward    r(x) = ink sum_i x_i / 8 + balance (upper - lower half) / 8 - sharp |x|^2 / 2
+Reward    r(x) = 8 ink mean(x) + 8 balance (sum of the upper half - of the lower) / d
+                 - sharp |x|^2 / 2
 
 The tilt of a mixture is a mixture, so h, u* and the laws are exact at every t.  The
 control family u_theta has the three features, theta* = (ink, balance, sharp).
 
 X_0 is the origin (``start`` = "origin"): from a point every answer is closed in any
-dimension.  X_T is then the mixture posterior given X_{t_0} = 0, whose weights differ
-from 1 / n_images by exp(-alpha^2 |x_k|^2 / 2), about one part in four at alpha = 0.1.
+dimension.  X_T is then the mixture posterior given X_{t_0} = 0, whose weights are
+proportional to exp(-alpha^2 |x_k|^2 / (2 (alpha^2 variance + beta^2))), and within 7 %
+of 1 / n_images at alpha = 0.1.
 With ``start`` = "marginal" X_0 has the density p_{t_0} of the noised images; log Z, h
 and u* stay exact, but the objective is then an integral over 64 dimensions, and of no
 closed form (up to d = 2 quadrature gives it).
@@ -63,7 +65,7 @@ dX_t &= \left( \kappa_t X_t + \sigma_t^2 \nabla \log p_t(X_t) \right) dt
   + \sigma_t\,(u\,dt + dW_t), \quad X_{t_0} = 0 \\
 p_t(x) &= \frac{1}{K} \sum_{k=1}^{K} \mathcal{N}(x; t\,x_k,
   (t^2\,\text{variance} + (1 - t)^2) I), \quad \sigma_t^2 = 2\,\frac{1 - t}{t} \\
-r(x) &= \tfrac{1}{8}\,\text{ink} \sum_i x_i + \tfrac{1}{8}\,\text{balance}
+r(x) &= \tfrac{8}{d}\,\text{ink} \sum_i x_i + \tfrac{8}{d}\,\text{balance}
   \left( \sum_{\text{upper}} x_i - \sum_{\text{lower}} x_i \right)
   - \tfrac{1}{2}\,\text{sharp}\,|x|^2, \quad f = 0
 \end{aligned}"""

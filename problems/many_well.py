@@ -83,13 +83,14 @@ class ManyWell(ProductProblem):
     )
     formula: ClassVar[str] = r"""\begin{aligned}
 dX_t &= -\text{rate}\,X_t\,dt + u\,dt + dW_t, \quad X_0 = 0 \\
-\log \rho(x) &= \sum_{i \le d/2} \left( -x_i^4 + 6 x_i^2 + \tfrac{1}{2} x_i \right)
-  - \tfrac{1}{2} \sum_{i > d/2} x_i^2 \\
+\log \rho(x) &= \sum_{i \le \lceil d/2 \rceil}
+    \left( -x_i^4 + 6 x_i^2 + \tfrac{1}{2} x_i \right)
+  - \tfrac{1}{2} \sum_{i > \lceil d/2 \rceil} x_i^2 \\
 r(x) &= \log \frac{\rho(x)}{p_T(x)}, \quad f = 0
 \end{aligned}"""
     hardness: ClassVar[str] = (
         "2^(d/2) modes of unequal weight: every pair must find both wells and their "
-        "odds, 5.5 to 1."
+        "odds, 5.4 to 1."
     )
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"dim": 32})
 
@@ -107,7 +108,8 @@ r(x) &= \log \frac{\rho(x)}{p_T(x)}, \quad f = 0
         if not self.variance_left(0.0) > 0.5:
             raise ParameterError(
                 f"the variance of p_T is {self.variance_left(0.0):.4g}; it must exceed "
-                "1/2, or the weights have infinite variance: give a longer horizon"
+                "1/2, or the weights have infinite variance: give a rate below 1 and a "
+                "longer horizon"
             )
 
     @property

@@ -5,6 +5,7 @@ optimal control, value function and log Z are exact in any dimension, for any no
 drift: the running cost and the reward are those for which V solves the
 Hamilton-Jacobi-Bellman equation, see `sdebench.closed_form.manufactured`.
 
+    @dataclass(frozen=True, kw_only=True)
     class MyProblem(ManufacturedProblem):
         dim: int = 2
 
@@ -236,8 +237,9 @@ class ManufacturedTruth(Truth):
             theta, problem.theta_star
         ):
             raise NotExactError(
-                "a manufactured problem knows its optimum; the law of paths under any "
-                "other control has no closed form"
+                "answers for a control are known at the optimum alone, where the "
+                "family holds it; ask at the point optimum, or for log_normalizer, "
+                "control and value"
             )
 
     def _reward_only_objective(self, theta: Array) -> float:

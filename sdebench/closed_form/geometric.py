@@ -20,7 +20,9 @@ c = (1 + a h) / g + s w_n,
 and the sign stays with probability Phi(c): a recursion over two signs is exact for
 any number of steps.  L(c) = E log |c + z| is a Poisson mixture of digamma functions,
 (c + z)^2 being chi-squared with a Poisson number of degrees of freedom, and its
-derivative is root(2) times Dawson's function of c / root(2).
+derivative is root(2) times Dawson's function of c / root(2), the principal value of
+E 1 / (c + z): estimators that differentiate log |c + z| have this mean up to an event
+of probability Phi(-c).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Modes:
 
     Attributes
     ----------
-    x, weights : quadrature of the law, exact to degree 4 count.
+    x, weights : quadrature of the law, exact to degree 4 count - 1.
     values, slopes, bends : (n, count) of the polynomials at x, and derivatives.
     """
 

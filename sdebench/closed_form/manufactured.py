@@ -98,7 +98,13 @@ class ManufacturedCosts:
         """Return f(x, t) (n,)."""
         sigma = self._noise(x, t)
         in_time, slope, bend = self._derivatives(x, t, sigma.T)
-        transport = (self.drift(x, t) * slope).sum(1)
+        drift = self.drift(x, t)
+        if drift.shape != x.shape:
+            raise ParameterError(
+                f"the drift returns shape {tuple(drift.shape)} for x of shape "
+                f"{tuple(x.shape)}; return the same"
+            )
+        transport = (drift * slope).sum(1)
         energy = 0.5 * ((slope @ sigma) ** 2).sum(1)
         return energy - in_time - transport - 0.5 * bend
 

@@ -200,7 +200,7 @@ class SquareRoot:
             raise NotExactError(
                 f"{len(h)} steps of the square-root process become negative with a "
                 f"probability of up to {min(root**2, 1.0):.2g}, where its chain has no "
-                "closed form; take more steps"
+                f"closed form; allowed is {LARGEST_ROOT**2:.0e}: take more steps"
             )
 
     def chain(self, theta: Array, times: Array) -> PolicyAnswers:

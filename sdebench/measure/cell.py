@@ -292,8 +292,8 @@ def _unmet_need(request: Request, estimator: Estimator) -> str | None:
     """Return what the estimator needs of the process and does not find, or None."""
     if not request.problem.has_derivatives and estimator.needs & OF_THE_STATE:
         return (
-            "it differentiates the flow or the reward, and X_T is one of finitely many "
-            "data points in this problem: it jumps, and has no derivative"
+            "it differentiates the flow or the reward, which have no derivatives in "
+            "this problem; take likelihood ratios or estimators of zeroth order"
         )
     noisy = estimator.noisy_steps(len(request.times) - 1)
     if noisy is not None:
@@ -308,8 +308,9 @@ def _unmet_need(request: Request, estimator: Estimator) -> str | None:
         and not estimator.handles_state_dependent_noise
     ):
         return (
-            "the noise of this problem depends on the state, and the estimator is "
-            "written for noise that does not"
+            "the noise of this problem depends on the state, and the estimator does "
+            "not say that it is right there (see "
+            "Estimator.handles_state_dependent_noise)"
         )
     if "base_density" in estimator.needs and not has_density(request.base_tables):
         return (

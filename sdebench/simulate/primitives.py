@@ -164,7 +164,7 @@ def refresh_control(prepared, work, n, X, B):  # type: ignore[no-untyped-def]
 
 @primitive
 def step(prepared, work, n, X, W, Z, Y, totals, B):  # type: ignore[no-untyped-def]
-    """Y = base mean(x) + G (w + z), after `evaluate`.
+    """Y = base mean(x) + G_n(x) (w + z), after `evaluate`.
 
     Adds |w|^2 to row 0 and w . z to row 2 of ``totals``.
     """

@@ -381,6 +381,12 @@ def add_wave_cost_gradient(c, power, R, X, OUT, B):  # type: ignore[no-untyped-d
             store(OUT, i, p, load(OUT, i, p) + pull * load(X, i, p))
 
 
+@inline
+def decay(x):  # type: ignore[no-untyped-def]
+    """Return exp(-x), of an argument that `exps` can take: at most 80."""
+    return exps(0.0 - larger(x, -80.0))
+
+
 @block_loop
 def add_funnel(f, X, OUT, row, B):  # type: ignore[no-untyped-def]
     """OUT[row] -= 1/2 f e^{-x_0} times the squares of the others."""
@@ -389,7 +395,7 @@ def add_funnel(f, X, OUT, row, B):  # type: ignore[no-untyped-def]
         for i in range(1, X.shape[0]):
             x = load(X, i, p)
             total = total + x * x
-        pull = (0.5 * f) * exps(0.0 - load(X, 0, p))
+        pull = (0.5 * f) * decay(load(X, 0, p))
         store(OUT, row, p, load(OUT, row, p) - pull * total)
 
 
@@ -398,7 +404,7 @@ def add_funnel_gradient(f, X, OUT, B):  # type: ignore[no-untyped-def]
     """OUT += the gradient of `add_funnel`."""
     for p in range(0, B, lanes(X)):
         total = fill(X, 0.0)
-        pull = f * exps(0.0 - load(X, 0, p))
+        pull = f * decay(load(X, 0, p))
         for i in range(1, X.shape[0]):
             x = load(X, i, p)
             total = total + x * x

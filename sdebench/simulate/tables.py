@@ -1,7 +1,7 @@
 """Coefficient tables: all that a simulation backend needs to know of a problem.
 
 A problem fills one of the tables on a time grid of ``n_steps`` steps; the numba
-kernels and the torch functions evaluate the same table.  One step of either family
+kernels and the torch functions evaluate the same table.  One step of any of them
 is written with the control in **noise units**, w, the shift of the standard normal z:
 
     X_{n+1} = base mean(X_n) + G_n(X_n) (w_n(X_n) + z_n),      z_n ~ N(0, I)
@@ -153,7 +153,7 @@ class SineTables(NamedTuple):
 
 
 class SeparableTables(NamedTuple):
-    """Polynomials of every coordinate, and functions of |x|^2 (classes N and M).
+    """Polynomials of every coordinate, and functions of |x|^2 (classes N, M and P).
 
     With y_i = min(max(x_i, -reach), reach) and s = |x|^2,
 
