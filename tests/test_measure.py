@@ -178,6 +178,7 @@ def test_both_backends_give_the_same_measurement():
             np.testing.assert_allclose(a.row[key], b.row[key], rtol=1e-8, err_msg=key)
 
 
+@pytest.mark.slow
 def test_float32_is_close_to_float64():
     for estimator in every_estimator():
         low, high = (

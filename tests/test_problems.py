@@ -119,7 +119,9 @@ def test_log_weights_shrink_at_the_known_order(problem):
 
 
 @every_problem
-@pytest.mark.parametrize("point", ["halfway", "random"])
+@pytest.mark.parametrize(
+    "point", ["halfway", pytest.param("random", marks=pytest.mark.slow)]
+)
 def test_gradient_against_differences(problem, point):
     problem = checks.reduced(problem)
     theta = checks.thetas(problem)[point]

@@ -105,6 +105,7 @@ def test_numbers_of_the_tilted_law(setting):
     assert abs(values.mean() - setting.tilted()) < 4.42 * error
 
 
+@pytest.mark.slow
 def test_a_small_experiment(monkeypatch):
     """The closed form inside all intervals; guidance as good as u* is supported."""
     monkeypatch.setattr(module, "BLOCK", 1 << 13)

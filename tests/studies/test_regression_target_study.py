@@ -26,6 +26,7 @@ def hold(evidence):
     )
 
 
+@pytest.mark.slow
 def test_measured_numbers_hold_the_exact_ones(monkeypatch):
     """Joint level 99.9 %, one seed; conditional variances, integrals and rates."""
     evidence = run(monkeypatch)

@@ -102,6 +102,7 @@ def test_a_bias_of_order_one_over_n_paths_is_removed_where_declared():
 MUTANT_OWN_PATH = next(m for m in MUTANTS if m.__name__ == "OwnPathBaseline")
 
 
+@pytest.mark.slow
 def test_estimators_without_exact_answer_are_compared_with_a_built_in():
     report = quick(Score, ("two_modes",))
     assert {row["reference"] is None for row in report.rows} == {False}
@@ -113,6 +114,7 @@ def test_estimators_without_exact_answer_are_compared_with_a_built_in():
     assert failed(quick(Wrong, ("two_modes",))) == ["unbiased"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_tested_is_neither_passed_nor_failed():
     """Adjoint matching off the optimum has no exact answer on a mixture."""
     report = check_estimator("adjoint_matching", problems="two_modes", **QUICK)
@@ -443,6 +445,7 @@ class Endless(Score):
         return super().statistics(view)
 
 
+@pytest.mark.slow
 def test_a_cell_that_never_ends_is_ended_and_the_rest_goes_on():
     report = check_estimator(
         Endless, problems=SMALL, paths=0.01, jobs=2, time_limit=10, on_fail="report"
@@ -472,6 +475,7 @@ def test_a_crash_takes_no_other_cell_with_it():
     assert {row["problem"] for row in report.rows} == {"brownian_linear"}
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_numbers():
     settings = {"problems": "brownian_linear", "paths": 0.02, "on_fail": "report"}
     here = check_estimator(Score, time_limit=None, **settings)
