@@ -74,7 +74,6 @@ def evidence():
     )
 
 
-@pytest.mark.slow
 def test_simulated_numbers_hold_the_exact_ones(evidence):
     """All 24 at the joint level of 99.9 %."""
     known = evidence[evidence["exact"].notna()]

@@ -24,7 +24,6 @@ def evidence():
         yield CLAIM.experiment(6, lambda done, total: None)
 
 
-@pytest.mark.slow
 def test_a_small_experiment_is_supported(evidence):
     """False alarms have the probability 0.1 %; before N = 400 the ladder is steeper."""
     with pytest.MonkeyPatch.context() as patch:
