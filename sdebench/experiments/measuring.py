@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from sdebench import registry
+from sdebench.errors import NotExactError
 from sdebench.experiments.experiment import LEVEL
 from sdebench.measure.engine import Simulation, check_finite
 from sdebench.measure.intervals import Interval, bias_norm, t_quantile
@@ -31,17 +32,20 @@ def n_threads() -> int:
 
 
 def exact_chain_problems() -> list[Problem]:
-    """Return the problems whose N-step chain has an exact gradient, and u* in reach.
+    """Return the problems whose N-step chain is affine, with u* in reach.
 
     Where the control family does not hold u*, its best member is no optimum.
     """
     problems = map(registry.problem, registry.problem_names())
-    return [
-        problem
-        for problem in problems
-        if problem.family_holds_optimum
-        and problem.truth.answer("gradient", "optimum", 1) is not None
-    ]
+    return [p for p in problems if p.family_holds_optimum and _has_affine_chain(p)]
+
+
+def _has_affine_chain(problem: Problem) -> bool:
+    try:
+        problem.truth.policy_chain("optimum", 1)
+    except NotExactError:
+        return False
+    return True
 
 
 def gradient_scale(problem: Problem, point: str) -> float:
