@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Cell = dict[str, Any]
 _FURTHEST = 1e4
+_ROUNDING = 1e-9
 
 
 def choose(frame: pd.DataFrame, point: str | None, steps: int | None) -> list[Cell]:
@@ -54,13 +55,17 @@ def _open_ends(cell: Cell) -> Cell:
     """Return the cell with an upper end far beyond its estimate drawn as infinite.
 
     The interval of a variance under heavy tails spans any number of powers of ten,
-    and one such end would press all else into a corner.
+    and one such end would press all else into a corner.  So would a bias of the size
+    of rounding, which is drawn as zero.
     """
     far = {
         f"{stem}_high": math.inf
         for stem in ("relative_bias", "relative_bias_own", "relative_variance")
         if cell[f"{stem}_low"] > 0.0 and cell[f"{stem}_high"] > _FURTHEST * cell[stem]
     }
+    for stem in ("relative_bias", "relative_bias_own"):
+        if cell[f"{stem}_low"] <= 0.0 <= cell[f"{stem}_high"] < _ROUNDING:
+            far |= {f"{stem}_low": 0.0, f"{stem}_high": 0.0}
     return cell | far
 
 
