@@ -179,16 +179,16 @@ FAST = ("damped_oscillator", "gaussian_tilt", "two_modes", "lq_oscillator")
 """Problems, at least one of each family, whose tests are not slow."""
 
 
-def with_slow(specs):
+def with_slow(specs, fast=FAST):
     """Mark the specifications of all other problems."""
-    return [s if s in FAST else pytest.param(s, marks=pytest.mark.slow) for s in specs]
+    return [s if s in fast else pytest.param(s, marks=pytest.mark.slow) for s in specs]
 
 
 @pytest.mark.parametrize(
     "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(("scheme", "steps"), GRIDS)
-@pytest.mark.parametrize("name", with_slow(registry.problem_names()))
+@pytest.mark.parametrize("name", with_slow(registry.problem_names(), FAST[1:]))
 def test_both_backends_agree_path_by_path(name, scheme, steps, dtype):
     """Same noise, 300 paths: neither a multiple of a block nor of a vector.
 
@@ -492,7 +492,7 @@ def p_value_own(row):
     ).p_value
 
 
-@pytest.mark.parametrize("spec", with_slow(exact_specs()))
+@pytest.mark.parametrize("spec", with_slow(exact_specs(), FAST[:1]))
 def test_unbiased_for_the_stated_estimand(spec):
     """Exact N-step answers; a missing 1/2 or the wrong adjoint would show."""
     chosen = small(spec)

@@ -42,6 +42,9 @@ def problems_with(condition):
     return pytest.mark.parametrize("problem", chosen, ids=lambda p: p.label)
 
 
+SUMS = {"jacobi_polynomial", "many_well"}
+
+
 def slow_truth(problem):
     """Whether answers or paths take seconds: grids, fine quadratures, many images."""
     slow = {
@@ -51,7 +54,7 @@ def slow_truth(problem):
         "hjb_log",
         "manufactured_sine",
     }
-    return isinstance(problem, GridProblem) or problem.name in slow
+    return isinstance(problem, GridProblem) or problem.name in slow | SUMS
 
 
 def flows(problem):

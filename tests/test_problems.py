@@ -118,7 +118,7 @@ def test_log_weights_shrink_at_the_known_order(problem):
 # ---- check 5: gradients ------------------------------------------------------------
 
 
-@every_problem
+@problems_with(lambda p: True, slow=(*IMAGES, "jacobi_polynomial", "double_well"))
 @pytest.mark.parametrize(
     "point", ["halfway", pytest.param("random", marks=pytest.mark.slow)]
 )

@@ -443,6 +443,7 @@ def test_progress_bar_on_a_terminal(tmp_path):
     assert "left" in stream.getvalue()
 
 
+@pytest.mark.slow
 def test_real_statistics_do_not_depend_on_jobs(tmp_path):
     """One worker, two, or half before and half after an interruption."""
     specs = ["pathwise", "reinforce:baseline=optimal", "rlr", "grpo", "truncated"]

@@ -208,7 +208,7 @@ def test_only_estimators_without_derivatives_apply(points):
     by_name = {e.name: m.row for e, m in zip(every, rows, strict=True)}
     assert by_name["reinforce"]["status"] == "ok"
     assert by_name["cross_entropy"]["status"] == "ok"
-    with pytest.raises(NotApplicableError, match="data points"):
+    with pytest.raises(NotApplicableError, match="no derivatives"):
         measure(points, "pathwise", n_steps=4, n_paths=32, n_replicates=2)
 
 

@@ -467,6 +467,7 @@ class Crashing(Score):
         return super().statistics(view)
 
 
+@pytest.mark.slow
 def test_a_crash_takes_no_other_cell_with_it():
     report = check_estimator(
         Crashing, problems=SMALL, paths=0.01, jobs=2, on_fail="report"
